@@ -1,0 +1,29 @@
+"""What predicts: closed-form mixtures, small networks, and large ones.
+
+Importing this room is light; each name below is loaded when it is first used, so that a toy problem never imports
+diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_tilt.models.closed_form import GaussianMixturePredictor as GaussianMixturePredictor
+    from lightning_tilt.models.closed_form import the_mixture as the_mixture
+    from lightning_tilt.models.gaussian_mixture import GaussianMixture as GaussianMixture
+    from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
+
+_HOMES = {
+    "GaussianMixture": "lightning_tilt.models.gaussian_mixture",
+    "GaussianMixturePredictor": "lightning_tilt.models.closed_form",
+    "NeuralTilt": "lightning_tilt.models.neural",
+    "the_mixture": "lightning_tilt.models.closed_form",
+}
+
+__all__ = ["GaussianMixture", "GaussianMixturePredictor", "NeuralTilt", "the_mixture"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
