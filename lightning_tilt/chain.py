@@ -1,0 +1,171 @@
+"""The Gaussian chain that a predictor makes on a grid: who is asked what, how often, and what comes of it.
+
+    X_0 ~ N(0, I),    X_{k+1} | X_k ~ N( m_k(X_k), std_k^2 I ),    k = 0, ..., K - 1
+
+The mean m_k comes from the predictor's output at (X_k, t_k), guided or not:
+
+    output = output("") + scale (output(prompt) - output(""))                 classifier-free guidance
+
+Guidance mixes raw outputs; every conversion is affine in the output, so it may be done before or after it.  Network
+evaluations are counted in forwards of one sample: a forward is 1, its VJP to the input 1 more.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_tilt.condition import Condition
+from lightning_tilt.interfaces.predictor import Predictor
+from lightning_tilt.process import Prediction, Process
+from lightning_tilt.transition import Gaussian, Transition
+
+__all__ = ["Chain", "Evaluations", "slices"]
+
+
+def slices(total: int, size: int | None) -> Iterator[slice]:
+    """Cut `range(total)` into slices of at most `size` (None: one slice)."""
+    size = size or max(total, 1)
+    return (slice(i, min(i + size, total)) for i in range(0, total, size))
+
+
+@dataclass
+class Evaluations:
+    """Network evaluations, in forwards of one sample.
+
+    Attributes:
+        forward: forward passes, with or without gradient.
+        vjp: products of a vector with the Jacobian to the input (one forward each).
+        backward: backward passes to the parameters, in forwards: 2 for a full network, 1 for adapters.
+        pairs: supervised (sample, step) pairs that a loss has seen.
+    """
+
+    forward: int = 0
+    vjp: int = 0
+    backward: int = 0
+    pairs: int = 0
+
+    @property
+    def forwards_per_pair(self) -> float:
+        """What one supervised pair cost, everything counted."""
+        return (self.forward + self.vjp + self.backward) / max(self.pairs, 1)
+
+    def as_dict(self) -> dict[str, float | int]:
+        """All of it, as reports and checkpoints have it."""
+        return {**self.__dict__, "forwards_per_pair": self.forwards_per_pair}
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The transitions of a process on the grid `t`, built from any predictor's output.
+
+    Attributes:
+        process: the interpolant.
+        transition: the kernel family.
+        t: times, noise first, data last, (K + 1,), float64.
+        evaluations: the counter that calls are added to.
+        context: entered around network calls (autocast); states and kernels stay outside of it.
+    """
+
+    process: Process
+    transition: Transition
+    t: Tensor
+    evaluations: Evaluations = field(default_factory=Evaluations)
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return len(self.t) - 1
+
+    def output(
+        self,
+        predictor: Predictor,
+        x: Tensor,
+        k: Tensor | int,
+        condition: Condition,
+        scale: float = 1.0,
+        unconditional_gradient: bool = False,
+    ) -> Tensor:
+        """The predictor's (guided) output at step k.
+
+        Args:
+            predictor: who is asked.
+            x: states, (B, *shape).
+            k: the step, one for all or one a sample (B,).
+            condition: B conditions.
+            scale: guidance; 1 asks the conditional model alone.
+            unconditional_gradient: let gradients flow through the unconditional branch too.
+
+        Returns:
+            (B, *shape), in the dtype of x.
+        """
+        t = self.t[torch.as_tensor(k, device=self.t.device)].to(x.device).expand(len(x))
+        output = self._call(predictor, x, t, condition)
+        if scale == 1.0:
+            return output
+        empty = predictor.encode(None if condition.prompts is None else [""] * len(x), len(x)).to(x.device)
+        with nullcontext() if unconditional_gradient else torch.no_grad():
+            unconditional = self._call(predictor, x, t, empty)
+        return unconditional + scale * (output - unconditional)
+
+    def kernel(self, predictor: Predictor, output: Tensor, x: Tensor, k: Tensor | int) -> Gaussian:
+        """The transition from step k to k + 1 that the predictor's `output` at x gives."""
+        k = torch.as_tensor(k, device=self.t.device)
+        t, s = (self.t[i].to(x.device).expand(len(x)) for i in (k, k + 1))
+        prediction = self.process.interpret(output, predictor.prediction_type, x, t)
+        return self.transition(self.process, x, prediction, t, s)
+
+    def rollout(
+        self,
+        predictor: Predictor,
+        condition: Condition,
+        noise: Tensor,
+        *,
+        scale: float = 1.0,
+        base: bool = False,
+        base_last_step: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Step N samples through the chain.
+
+        Args:
+            predictor: the tuned model.
+            condition: N conditions.
+            noise: X_0 and z_0 ... z_{K-1}, (K + 1, N, *shape).
+            scale: guidance.
+            base: let the base make all steps.
+            base_last_step: let the base make a step of std = 0, as path weights ask for.
+
+        Returns:
+            States (K + 1, N, *shape), and the noise of the steps (K, N, *shape).
+        """
+        x, noise = noise[0], noise[1:]
+        states = [x]
+        for k, std in enumerate(self.stds.tolist()):
+            with predictor.base() if base or (std == 0 and base_last_step) else nullcontext(predictor) as model:
+                output = self.output(model, x, k, condition, scale)
+                x = self.kernel(model, output, x, k).sample(noise[k])
+            states.append(x)
+        return torch.stack(states), noise
+
+    @property
+    def stds(self) -> Tensor:
+        """The standard deviations of all steps, (K,), float64."""
+        zero = torch.zeros(self.steps, 1, dtype=torch.float64, device=self.t.device)
+        prediction = self.process.interpret(zero, "sample", zero, self.t[:-1])
+        return self.transition(self.process, zero, prediction, self.t[:-1], self.t[1:]).std.flatten()
+
+    @property
+    def eps_coefficients(self) -> Tensor:
+        """How the mean of each step moves with eps_hat at fixed x, (K,), float64; infinite at alpha = 0."""
+        t, s = self.t[:-1], self.t[1:]
+        one = torch.ones(self.steps, 1, dtype=torch.float64, device=self.t.device)
+        x1_hat = -(self.process.beta(t) / self.process.alpha(t))[:, None]
+        return self.transition(self.process, 0 * one, Prediction(x1_hat, one), t, s).mean.flatten()
+
+    def _call(self, predictor: Predictor, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        self.evaluations.forward += len(x)
+        with self.context():
+            return predictor.predict(x, t, condition).to(x.dtype)

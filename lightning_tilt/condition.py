@@ -1,0 +1,59 @@
+"""What a predictor was told: a batch of conditions and the prompts they encode."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Condition", "Prompts"]
+
+Prompts: TypeAlias = Sequence[str] | None
+"""One prompt a sample, or None where there is nothing to condition on (densities)."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A batch of conditions: named tensors whose first dimension is the batch, and the prompts they encode.
+
+    Attributes:
+        tensors: what the network is given, each of shape (B, ...); empty for an unconditional model.
+        prompts: the B strings, or None for an unconditional model.
+        size: B.
+
+    Example:
+        >>> condition = Condition({"c": torch.arange(3.0)}, ["a", "b", "c"], 3)
+        >>> condition[torch.tensor([2, 2, 0])].prompts
+        ['c', 'c', 'a']
+    """
+
+    tensors: Mapping[str, Tensor]
+    prompts: list[str] | None
+    size: int
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.shape[0] != self.size:
+                raise ValueError(f"condition {name!r} has shape {tuple(tensor.shape)}; its batch should be {self.size}")
+        if self.prompts is not None and len(self.prompts) != self.size:
+            raise ValueError(f"{len(self.prompts)} prompts were given for {self.size} conditions")
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Tensor) -> "Condition":
+        """The conditions at the integer positions `index` (n,), repeats allowed."""
+        prompts = None if self.prompts is None else [self.prompts[i] for i in index.tolist()]
+        tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
+        return Condition(tensors, prompts, len(index))
+
+    def to(self, *args: Any, **kwargs: Any) -> "Condition":
+        """The same conditions on another device or in another dtype (floating-point tensors only)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved: Tensor = tensor.to(*args, **kwargs)
+            return moved if tensor.is_floating_point() else moved.to(tensor.dtype)
+
+        moved = {name: move(tensor) for name, tensor in self.tensors.items()}
+        return Condition(moved, self.prompts, self.size)

@@ -1,0 +1,12 @@
+"""The nouns that callbacks, losses, models and rewards share.
+
+This is the lowest room beside the mathematics: everybody may import it, it imports nobody else's room.
+"""
+
+from lightning_tilt.condition import Condition, Prompts
+from lightning_tilt.interfaces.loss import LamSchedule, Loss
+from lightning_tilt.interfaces.predictor import Predictor
+from lightning_tilt.interfaces.reward import Reward
+from lightning_tilt.interfaces.sampler import Sampler
+
+__all__ = ["Condition", "LamSchedule", "Loss", "Predictor", "Prompts", "Reward", "Sampler"]

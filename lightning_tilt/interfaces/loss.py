@@ -1,0 +1,184 @@
+"""The verb: `Loss`, the mixin that turns a LightningModule into one that tilts.
+
+    class MyTilt(AdjointMatching, TiltModule): ...                 mixin first, host second
+    class Mine(AdjointMatching, MyExistingLightningModule): ...    the host offers predictor, process, reward
+
+A loss reads the sampler's `Trajectory` in `training_step` and returns one scalar; optimisation stays automatic, so
+everything the Trainer offers works as it does for any other module.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_tilt.identities import ess
+from lightning_tilt.interfaces.predictor import Predictor
+from lightning_tilt.interfaces.reward import Reward
+from lightning_tilt.interfaces.sampler import Sampler
+from lightning_tilt.process import Process
+from lightning_tilt.trajectory import Trajectory
+
+__all__ = ["LamSchedule", "Loss"]
+
+
+@dataclass(frozen=True)
+class LamSchedule:
+    """A multiplier that grows linearly to its value.
+
+    Args:
+        lam: the value reached, in units of one over the reward.
+        warmup: optimiser updates until it is reached.
+        start: the fraction of `lam` at the first update.
+
+    Example:
+        >>> [LamSchedule(lam=4.0, warmup=4)(step) for step in (0, 2, 9)]
+        [0.0, 2.0, 4.0]
+    """
+
+    lam: float
+    warmup: int = 0
+    start: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The multiplier at an optimiser step."""
+        if step >= self.warmup:
+            return self.lam
+        return self.lam * (self.start + (1 - self.start) * step / self.warmup)
+
+
+class Loss(ABC):
+    """Base of all loss mixins: host checks, lam, the way to the sampler, bad samples.
+
+    Traits (class constants that set-up and tests hold a loss to):
+        needs_reward_gradient: the sampler must bring the reward's gradient at the end points.
+        needs_memoryless: the loss tilts without bias only for memoryless transitions.
+
+    Args:
+        lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
+        allow_non_memoryless: accept a sampler whose transitions are not memoryless, and the bias that comes with it.
+        args: passed on to the host.
+        kwargs: passed on to the host.
+    """
+
+    needs_reward_gradient: ClassVar[bool]
+    needs_memoryless: ClassVar[bool]
+
+    # What the host offers.
+    predictor: Predictor
+    process: Process
+    reward: Reward
+    trainer: Trainer
+
+    def __init__(
+        self, *args: Any, lam: float | LamSchedule = 1.0, allow_non_memoryless: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.lam = lam if isinstance(lam, LamSchedule) else LamSchedule(float(lam))
+        self.allow_non_memoryless = allow_non_memoryless
+        self._good_samples = 0.0
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        mro = cls.__mro__
+        hosts = [c for c in mro if issubclass(c, LightningModule) and not issubclass(c, Loss)]
+        mixins = [c for c in mro if issubclass(c, Loss) and not issubclass(c, LightningModule)]
+        if hosts and mro.index(hosts[0]) < mro.index(mixins[0]):
+            raise TypeError(
+                f"{cls.__name__}: the loss comes first, the host second: "
+                f"class {cls.__name__}({mixins[0].__name__}, {hosts[0].__name__})"
+            )
+
+    @abstractmethod
+    def prepare(self, trajectory: Trajectory) -> Trajectory:
+        """Add to a fresh rollout what this loss needs of it (Adjoint Matching: the adjoint sweep)."""
+
+    @abstractmethod
+    def loss(self, trajectory: Trajectory) -> Tensor:
+        """The scalar of one batch: a mean over this process's samples, those of weight 0 left out."""
+
+    def setup(self, stage: str) -> None:
+        """Check, before anything is computed, that host, reward and sampler fit this loss."""
+        super().setup(stage)  # type: ignore[misc]
+        for name, kind in (("predictor", Predictor), ("process", Process), ("reward", Reward)):
+            try:
+                offered = getattr(self, name)
+            except AttributeError:
+                offered = None
+            if not isinstance(offered, kind):
+                raise TypeError(
+                    f"{type(self).__name__} needs self.{name}, a lightning_tilt {kind.__name__}; "
+                    f"it found {type(offered).__name__}. Set it in __init__, or build on lightning_tilt.TiltModule."
+                )
+        if stage == "fit":
+            self._check_fit(self.sampler)
+
+    def _check_fit(self, sampler: Sampler) -> None:
+        if self.needs_reward_gradient and not self.reward.is_differentiable:
+            raise TypeError(
+                f"{type(self).__name__} needs the gradient of the reward, and {type(self.reward).__name__} has none "
+                "(is_differentiable is False). Choose a differentiable reward, or a loss that needs no gradient."
+            )
+        if self.needs_memoryless and not sampler.memoryless and not self.allow_non_memoryless:
+            raise ValueError(
+                f"{type(self).__name__} tilts without bias only with memoryless transitions, and the sampler's are "
+                "not. Use DDIM with ddim_eta: 1, or say allow_non_memoryless: true."
+            )
+
+    @property
+    def sampler(self) -> Sampler:
+        """The trainer's sampler callback."""
+        samplers = [c for c in self.trainer.callbacks if isinstance(c, Sampler)]  # type: ignore[attr-defined]
+        if len(samplers) != 1:
+            raise RuntimeError(
+                f"{type(self).__name__} needs one TrajectorySampler among the Trainer's callbacks and found "
+                f"{len(samplers)}: Trainer(callbacks=[lightning_tilt.TrajectorySampler(...)])."
+            )
+        return samplers[0]
+
+    def current_lam(self) -> float:
+        """The multiplier at the present optimiser step."""
+        return self.lam(self.trainer.global_step)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of the sampler's rollout for this batch."""
+        trajectory = self.sampler.trajectory
+        good = trajectory.weight.sum()
+        self._good_samples += float(self.mean_over_ranks(good))
+        loss = self.loss(trajectory)
+        self.log_train("loss", loss.detach())
+        self.log_train("reward", trajectory.reward.sum() / good.clamp(min=1), prog_bar=True)
+        self.log_train("lam", torch.tensor(trajectory.lam))
+        if trajectory.log_w is not None:
+            self.log_train("ess", _ess(trajectory), prog_bar=True)
+        return loss
+
+    def log_train(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
+        """Log a mean over the ranks as `train/<name>`."""
+        self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, batch_size=1)  # type: ignore[attr-defined]
+
+    def mean_over_ranks(self, value: Tensor) -> Tensor:
+        """The mean of a number over all processes."""
+        return cast(Tensor, self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean"))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Without one good sample since the last update there is no update: gradients of None move nothing."""
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
+        if self._good_samples == 0:
+            optimizer.zero_grad(set_to_none=True)
+        self._good_samples = 0.0
+
+
+def _ess(trajectory: Trajectory) -> Tensor:
+    """ESS of the path weights, prompt by prompt (each has its own Z), averaged; good samples only.
+
+    With few paths a prompt it is biased upwards (it cannot fall below one over their number): a running indicator.
+    """
+    assert trajectory.log_w is not None
+    good = trajectory.weight > 0
+    group = torch.zeros_like(trajectory.index) if trajectory.prompts is None else trajectory.index
+    values = [ess(trajectory.log_w[good & (group == g)]) for g in group[good].unique().tolist()]
+    return torch.tensor(values).mean() if values else torch.tensor(0.0)

@@ -1,0 +1,88 @@
+"""What predicts: `predict(x, t, condition)` -> the network's output at the states x and the times t.
+
+Time runs from noise `t = 0` to data `t = 1`; a predictor that speaks timesteps translates inside.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_tilt.condition import Condition, Prompts
+from lightning_tilt.process import PredictionType, Process
+
+__all__ = ["Predictor"]
+
+class Predictor(nn.Module, ABC):
+    """What predicts: a closed form, a small network, Stable Diffusion.
+
+    A subclass sets the four attributes below, and says with `base()` what the untuned model is: the same network with
+    its adapters off, a frozen copy, or a closed form.  `state_dict()` holds only what is trained (parameters that
+    require a gradient), and loading asks for nothing else.
+
+    Attributes:
+        process: the interpolant that the model was trained with.
+        prediction_type: what `predict` returns: "epsilon", "v_prediction", "sample" (x1_hat) or "velocity".
+        state_shape: shape of one state, without the batch, e.g. (4, 64, 64) or (2,).
+        backward_cost: forwards that the backward of one training pair costs: 2 for a full network, 1 for adapters.
+    """
+
+    process: Process
+    prediction_type: PredictionType
+    state_shape: tuple[int, ...]
+    backward_cost: int = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+
+    @abstractmethod
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """The network's output of type `prediction_type`.
+
+        Args:
+            x: states, (B, *state_shape).
+            t: process times in [0, 1), one a sample, (B,).
+            condition: B conditions.
+
+        Returns:
+            (B, *state_shape), in the dtype of `x`.
+        """
+
+    @abstractmethod
+    @contextmanager
+    def base(self) -> Iterator["Predictor"]:
+        """The untuned model, for the length of a `with` block; it carries no gradient to parameters."""
+
+    def encode(self, prompts: Prompts, size: int) -> Condition:
+        """Turn prompts into a batch of `size` conditions; "" is the unconditional prompt of guidance."""
+        return Condition({}, None if prompts is None else list(prompts), size)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the reward sees of the end points `x`: images in [0, 1] (B, 3, H, W), or the states themselves."""
+        return x
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The trained parameters alone: the base is never written to a checkpoint."""
+        prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")
+        state = super().state_dict(*args, **kwargs)
+        trained = self.trained_parameters()
+        for key in [k for k in state if k.startswith(prefix) and k[len(prefix) :] not in trained]:
+            del state[key]
+        return state
+
+
+def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
+    """Drop the predictor's frozen names from the keys that a strict load would miss."""
+    assert isinstance(module, Predictor)
+    everything = set(nn.Module.state_dict(module)) - set(module.trained_parameters())
+    # Keys carry the host's prefix ("predictor."), which this module cannot know: compare by the end of the name.
+    incompatible.missing_keys[:] = [
+        key for key in incompatible.missing_keys if not any(("." + key).endswith("." + name) for name in everything)
+    ]

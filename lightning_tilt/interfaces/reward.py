@@ -1,0 +1,68 @@
+"""What is maximised: `Reward`, a differentiable `score` inside a torchmetrics `Metric`."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_tilt.condition import Prompts
+
+__all__ = ["Reward"]
+
+
+class Reward(Metric, ABC):
+    """A reward `r(x)`: a differentiable `score` of images, and a torchmetrics `Metric` that averages it.
+
+    A subclass writes one method.  Networks that it needs are held in `lightning_tilt.frozen.Frozen`, so that they are
+    not trained, not saved, and move with the device.
+
+    Traits:
+        is_differentiable: `score` has a gradient with respect to the images.
+        higher_is_better: always true: a reward is maximised.
+        needs_prompts: `score` reads the prompts.
+
+    Example:
+        >>> class Brightness(Reward):
+        ...     def score(self, images, prompts):
+        ...         return images.flatten(1).mean(1)
+        >>> reward = Brightness()
+        >>> reward(torch.ones(2, 3, 4, 4), None)
+        tensor(1.)
+    """
+
+    is_differentiable: ClassVar[bool] = True
+    higher_is_better: ClassVar[bool] = True
+    full_state_update: ClassVar[bool] = False
+    needs_prompts: ClassVar[bool] = False
+
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    @abstractmethod
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """The rewards of a batch, one number a sample.
+
+        Args:
+            images: decoded images in [0, 1], (B, 3, H, W); for a density the states themselves, (B, *state_shape).
+            prompts: the B prompts, or None.
+
+        Returns:
+            (B,); row i depends on row i alone.
+        """
+
+    def update(self, images: Tensor, prompts: Prompts = None) -> None:
+        """Add a batch to the running mean (without gradient)."""
+        rewards = self.score(images, prompts).detach()
+        self.total += rewards.double().sum()
+        self.count += rewards.numel()
+
+    def compute(self) -> Tensor:
+        """The mean reward of what `update` saw."""
+        return (self.total / self.count).to(torch.get_default_dtype())

@@ -1,0 +1,274 @@
+"""Adjoint Matching (2409.08861), exact in the discrete chain.
+
+The chain's mean is m_k, the base's m_base,k, their std std_k; u_k = (m_k - m_base,k) / std_k is the control.  On a path
+X drawn without gradient from the current model, the **lean adjoint** runs backwards through the base alone:
+
+    a_K = -lam grad r(X_K),        a_k = J[m_base,k](X_k)^T a_{k+1}            one VJP of the base's mean a step
+
+    L = 1/N sum_n  1/J sum_k  1/2 | u_k(X_k) + std_k a_{k+1} |^2
+
+The target of step k is a_{k+1}, the adjoint at the state the step leads to.  (With a_k, one VJP too many, the fixed
+point is biased by the base's contraction of that step: on a narrow Gaussian .0812 where .1009 is true.)
+
+At the fixed point u_k(x) = -std_k E[a_{k+1} | X_k = x]: the control that minimises KL(P_theta | P*) among the kernels
+with the base's std.  No path weights are needed.  What they cost nothing to give, though, is taken: the sweep meets the
+base's mean at every state, so with all steps supervised the log path weights, and with them ESS and log Z, come free.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_tilt.chain import Chain, slices
+from lightning_tilt.condition import Condition
+from lightning_tilt.interfaces import LamSchedule, Loss, Predictor
+from lightning_tilt.noise import keyed_choice
+from lightning_tilt.trajectory import Trajectory
+from lightning_tilt.transition import control, path_log_ratio
+
+__all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms", "lean_adjoint"]
+
+StepWeight = Literal["control", "epsilon", "uniform"]
+
+
+def lean_adjoint(
+    base_mean: Callable[[Tensor, int], Tensor], states: Tensor, terminal: Tensor, steps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Sweep the adjoint backwards through the base's means.
+
+    Args:
+        base_mean: `(x, k) -> m_base,k(x)`, differentiable in x.
+        states: X_0 ... X_K, (K + 1, N, *shape).
+        terminal: a_K, (N, *shape).
+        steps: the supervised steps, increasing; the sweep stops at the first.
+
+    Returns:
+        a_{k+1} and m_base,k(X_k) for each supervised k, both (J, N, *shape).
+    """
+    adjoints, means = [], []
+    a = terminal
+    for k in reversed(range(steps[0], len(states) - 1)):
+        x = states[k].detach().requires_grad_(k > steps[0])
+        with torch.set_grad_enabled(k > steps[0]):
+            mean = base_mean(x, k)
+        if k in steps:
+            adjoints.append(a)
+            means.append(mean.detach())
+        if k > steps[0]:
+            (a,) = torch.autograd.grad(mean, x, a)
+    return torch.stack(adjoints[::-1]), torch.stack(means[::-1])
+
+
+def adjoint_matching_terms(u: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
+    """The terms `1/2 | u_k + std_k a_{k+1} |^2` of P (sample, step) pairs.
+
+    Args:
+        u: controls, (P, *shape).
+        std: standard deviations, broadcastable, e.g. (P, 1, ...).
+        adjoint: a_{k+1}, (P, *shape).
+
+    Returns:
+        (P,)
+    """
+    return 0.5 * ((u + std * adjoint) ** 2).flatten(1).sum(1)
+
+
+class AdjointMatching(Loss):
+    """Adjoint Matching as a mixin: `class MyTilt(AdjointMatching, TiltModule)`.
+
+    Consistent on policy; needs the reward's gradient and memoryless transitions; no path weights.
+
+    **Guidance.** Consistent (the default: the sampler's scale everywhere) tilts the guided base; grounded, but adjoints
+    grow with the scale. Guidance in the rollout alone (`adjoint_guidance=1, control_guidance=1`) is what published
+    recipes do: good in practice, not grounded, since the states do not come from the controlled process. Scale 1
+    everywhere tilts the unguided base: grounded. Other combinations are not.
+
+    Args:
+        lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
+        supervised_steps: steps of each path that the loss looks at: an integer, or "all". Drawn before the sweep, the
+            same for all samples of a rollout; the mean over them is an unbiased estimate of the mean over all.
+        last_steps: steps next to the data that are always among them (the published recipe: 10 drawn and the last
+            10); they then weigh more than in the mean over all.
+        step_weight: what a step's term is multiplied by. A positive factor a step leaves the fixed point of a model
+            that can represent it where it is; for a model that cannot, it says which steps matter. "control" (1) makes
+            the loss the KL between path laws; "epsilon" (|change of eps_hat|^2) weighs late, clean steps less, as the
+            base's own training did; "uniform" (1/std^2, the error of grad log h) weighs them more.
+        loss_cap: terms whose continuous-time value `|u/sqrt(h) + sigma a|^2` exceeds `loss_cap lam^2` are left out
+            (published: 1.6); None keeps all. Biased: it cuts the largest adjoints.
+        adjoint_guidance: guidance of the base in the adjoint sweep; None: the sampler's.
+        control_guidance: guidance of both models in the control; None: the sampler's.
+        unconditional_gradient: train through the unconditional branch of a guided control too.
+        adjoint_micro_batch: samples swept at once; None: all.
+        loss_micro_batch: (sample, step) pairs in one network call of the loss; None: all. Values and gradients do not
+            depend on it.
+        checkpoint: recompute each micro-batch of the loss in the backward pass: memory stays that of one micro-batch,
+            for one more forward a pair.
+        allow_non_memoryless: accept transitions that are not memoryless, and the bias that comes with them.
+        args: passed on to the host.
+        kwargs: passed on to the host.
+    """
+
+    needs_reward_gradient: ClassVar[bool] = True
+    needs_memoryless: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *args: Any,
+        lam: float | LamSchedule = 1.0,
+        supervised_steps: int | Literal["all"] = "all",
+        last_steps: int = 0,
+        step_weight: StepWeight = "control",
+        loss_cap: float | None = None,
+        adjoint_guidance: float | None = None,
+        control_guidance: float | None = None,
+        unconditional_gradient: bool = False,
+        adjoint_micro_batch: int | None = None,
+        loss_micro_batch: int | None = None,
+        checkpoint: bool = True,
+        allow_non_memoryless: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, lam=lam, allow_non_memoryless=allow_non_memoryless, **kwargs)
+        if supervised_steps != "all" and supervised_steps < 1:
+            raise ValueError(f"supervised_steps must be 'all' or at least 1, not {supervised_steps}")
+        self.supervised_steps = supervised_steps
+        self.last_steps = last_steps
+        self.step_weight = step_weight
+        self.loss_cap = loss_cap
+        self.adjoint_guidance = adjoint_guidance
+        self.control_guidance = control_guidance
+        self.unconditional_gradient = unconditional_gradient
+        self.adjoint_micro_batch = adjoint_micro_batch
+        self.loss_micro_batch = loss_micro_batch
+        self.checkpoint = checkpoint
+
+    def prepare(self, trajectory: Trajectory) -> Trajectory:
+        """Sweep the lean adjoint through the base, and weigh the paths where the sweep met all of their steps."""
+        assert trajectory.reward_gradient is not None
+        chain, rollout_scale = self.sampler.chain(self), self.sampler.guidance_scale
+        scale = rollout_scale if self.adjoint_guidance is None else self.adjoint_guidance
+        steps = self._draw_steps(trajectory, chain)
+        terminal = -trajectory.lam * trajectory.reward_gradient
+        with self.predictor.base() as base:
+            swept = [
+                lean_adjoint(
+                    _base_mean(chain, base, trajectory.condition[trajectory.index[i]], scale),
+                    trajectory.states[:, i],
+                    terminal[i],
+                    steps,
+                )
+                for i in slices(len(trajectory), self.adjoint_micro_batch)
+            ]
+        adjoint, base_mean = (torch.cat(parts, 1) for parts in zip(*swept, strict=True))
+        chain.evaluations.vjp += len(trajectory) * (chain.steps - 1 - steps[0]) * (1 if scale == 1 else 2)
+        supervised = torch.tensor(steps, device=trajectory.states.device)
+        swept_trajectory = replace(trajectory, supervised=supervised, adjoint=adjoint, base_mean=base_mean)
+        weighed = scale == rollout_scale and steps == _noisy_steps(chain) and self.sampler.weighted
+        return replace(swept_trajectory, log_w=_log_w(chain, swept_trajectory)) if weighed else swept_trajectory
+
+    def loss(self, trajectory: Trajectory) -> Tensor:
+        """Mean over good samples and supervised steps of the (weighted, capped) terms."""
+        assert trajectory.supervised is not None and trajectory.adjoint is not None
+        chain = self.sampler.chain(self)
+        samples, steps = len(trajectory), trajectory.supervised
+        factors = self._step_factors(chain, steps, trajectory.lam).to(trajectory.states)
+        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
+        total, capped = trajectory.states.new_zeros(()), trajectory.states.new_zeros(())
+        largest = trajectory.states.new_zeros(())
+        for pairs in slices(samples * len(steps), self.loss_micro_batch):
+            pair = torch.arange(pairs.start, pairs.stop, device=steps.device)
+            j, n = pair // samples, pair % samples
+            terms = self._terms(chain, trajectory, j, n)
+            keep = terms.detach() <= factors[j, 1]
+            total = total + (terms * factors[j, 0] * keep * trajectory.weight[n]).sum()
+            capped += (~keep).sum()
+            largest = torch.maximum(largest, terms.detach().max())
+        chain.evaluations.pairs += samples * len(steps)
+        self.log_train("term_max", largest)
+        if self.loss_cap is not None:
+            self.log_train("capped_fraction", capped / (samples * len(steps)))
+        self.log_train("adjoint_norm", trajectory.adjoint[0].flatten(1).norm(dim=1).mean())
+        return total / (good * len(steps))
+
+    def _terms(self, chain: Chain, trajectory: Trajectory, j: Tensor, n: Tensor) -> Tensor:
+        """The terms of the pairs (supervised[j], n), (P,), by one (checkpointed) network call."""
+        assert trajectory.supervised is not None and trajectory.adjoint is not None
+        k = trajectory.supervised[j]
+        x, adjoint = trajectory.states[k, n], trajectory.adjoint[j, n]
+        condition = trajectory.condition[trajectory.index[n]]
+        scale = self.sampler.guidance_scale if self.control_guidance is None else self.control_guidance
+        base_mean = self._control_base_mean(chain, trajectory, condition, scale, j, n)
+
+        def terms(x: Tensor) -> Tensor:
+            output = chain.output(self.predictor, x, k, condition, scale, self.unconditional_gradient)
+            law = chain.kernel(self.predictor, output, x, k)
+            return adjoint_matching_terms(control(law.mean, base_mean, law.std), law.std, adjoint)
+
+        both = scale != 1 and self.unconditional_gradient
+        chain.evaluations.backward += len(x) * self.predictor.backward_cost * (2 if both else 1)
+        if self.checkpoint:
+            return cast(Tensor, checkpoint(terms, x, use_reentrant=False))
+        return terms(x)
+
+    def _control_base_mean(
+        self, chain: Chain, trajectory: Trajectory, condition: Condition, scale: float, j: Tensor, n: Tensor
+    ) -> Tensor:
+        """The base's mean under the control's guidance: the sweep's where that had the same guidance."""
+        assert trajectory.supervised is not None and trajectory.base_mean is not None
+        swept = self.sampler.guidance_scale if self.adjoint_guidance is None else self.adjoint_guidance
+        if swept == scale:
+            return trajectory.base_mean[j, n]
+        k = trajectory.supervised[j]
+        with torch.no_grad(), self.predictor.base() as base:
+            x = trajectory.states[k, n]
+            return chain.kernel(base, chain.output(base, x, k, condition, scale), x, k).mean
+
+    def _draw_steps(self, trajectory: Trajectory, chain: Chain) -> list[int]:
+        """The supervised steps of this rollout: never one of std = 0."""
+        noisy = _noisy_steps(chain)
+        if self.supervised_steps == "all":
+            return noisy
+        last = noisy[len(noisy) - min(self.last_steps, len(noisy)) :]
+        others = noisy[: len(noisy) - len(last)]
+        size = min(self.supervised_steps, len(others))
+        return keyed_choice(self.sampler.seed, "steps", trajectory.rollout, others, size) + last
+
+    def _step_factors(self, chain: Chain, steps: Tensor, lam: float) -> Tensor:
+        """For each supervised step the factor of its terms, and the largest term that is kept: (J, 2)."""
+        std, h = chain.stds[steps], (chain.t[1:] - chain.t[:-1])[steps]
+        factor = {
+            "control": torch.ones_like(std),
+            "epsilon": (std / chain.eps_coefficients[steps]) ** 2,
+            "uniform": 1 / std**2,
+        }[self.step_weight]
+        # 1/2 |u + std a|^2 = h/2 |u/sqrt(h) + sigma a|^2, the bracket being the published term.
+        cap = torch.full_like(std, torch.inf) if self.loss_cap is None else h / 2 * self.loss_cap * lam**2
+        return torch.stack([factor, cap], 1)
+
+
+def _noisy_steps(chain: Chain) -> list[int]:
+    return [k for k, std in enumerate(chain.stds.tolist()) if std > 0]
+
+
+def _base_mean(chain: Chain, base: Predictor, condition: Condition, scale: float) -> Callable[[Tensor, int], Tensor]:
+    def mean(x: Tensor, k: int) -> Tensor:
+        # The adjoint of a guided base needs both branches.
+        output = chain.output(base, x, k, condition, scale, unconditional_gradient=True)
+        return chain.kernel(base, output, x, k).mean
+
+    return mean
+
+
+def _log_w(chain: Chain, trajectory: Trajectory) -> Tensor:
+    """lam r - sum_k (u_k . z_k + |u_k|^2/2), the rollout's own means recovered from its noise: m_k = X_{k+1} - std z."""
+    assert trajectory.supervised is not None and trajectory.base_mean is not None
+    log_w = trajectory.lam * trajectory.reward
+    for k, base_mean in zip(trajectory.supervised.tolist(), trajectory.base_mean, strict=True):
+        std, z = chain.stds[k].to(base_mean), trajectory.noise[k]
+        u = control(trajectory.states[k + 1] - std * z, base_mean, std)
+        log_w = log_w - path_log_ratio(u, z)
+    return log_w

@@ -1,0 +1,134 @@
+"""`Trajectory`: what one rollout produced, the one currency between the sampler and the losses.
+
+A rollout steps N states through the K Gaussian transitions of a chain, from noise (k = 0) to data (k = K):
+
+    X_{k+1} = m_k(X_k) + std_k z_k,      z_k ~ N(0, I),      k = 0, ..., K - 1
+
+The record is frozen: who needs more (a loss its adjoints) makes a new one with `dataclasses.replace`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_tilt.condition import Condition
+
+__all__ = ["Trajectory"]
+
+_PER_SAMPLE = ("index", "sample", "reward", "reward_gradient", "weight", "log_w")
+_STEP_MAJOR = ("states", "noise", "adjoint", "base_mean")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """N paths of K steps.
+
+    Attributes:
+        t: process times of the grid, noise first, (K + 1,), float64.
+        states: X_0 ... X_K, (K + 1, N, *shape).
+        noise: z_0 ... z_{K-1}, (K, N, *shape).
+        condition: the C conditions of the rollout.
+        index: which of them each sample has, (N,), integer.
+        sample: the global number of each sample, the same on any number of processes, (N,), integer.
+        reward: r(X_K), (N,).
+        lam: the multiplier in force when the rollout was made.
+        rollout: the number of the rollout, from 0.
+        weight: 1 for a good sample, 0 for one whose reward or gradient was not finite and which is left out, (N,).
+        reward_gradient: gradient of r at X_K, (N, *shape), if the loss asked for it.
+        log_w: log path weight lam r - sum_k (u_k . z_k + |u_k|^2 / 2), (N,), where every step has been compared with
+            the base.
+        supervised: the steps a loss looks at, (J,), integer, increasing.
+        adjoint: a_{k+1} for each supervised k, (J, N, *shape).
+        base_mean: the base's mean at X_k for each supervised k, (J, N, *shape).
+    """
+
+    t: Tensor
+    states: Tensor
+    noise: Tensor
+    condition: Condition
+    index: Tensor
+    sample: Tensor
+    reward: Tensor
+    lam: float
+    rollout: int
+    weight: Tensor
+    reward_gradient: Tensor | None = None
+    log_w: Tensor | None = None
+    supervised: Tensor | None = None
+    adjoint: Tensor | None = None
+    base_mean: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        k, n = self.noise.shape[:2]
+        if self.states.shape[0] != k + 1 or self.states.shape[1] != n or len(self.t) != k + 1:
+            raise ValueError(
+                f"{k} steps of {n} samples need states ({k + 1}, {n}, ...) and {k + 1} times; "
+                f"got states {tuple(self.states.shape)} and {len(self.t)} times"
+            )
+
+    def __len__(self) -> int:
+        return self.states.shape[1]
+
+    @property
+    def steps(self) -> int:
+        """K."""
+        return self.noise.shape[0]
+
+    @property
+    def end(self) -> Tensor:
+        """The end points X_K, (N, *shape)."""
+        return self.states[-1]
+
+    @property
+    def prompts(self) -> list[str] | None:
+        """The prompt of each sample, or None."""
+        prompts = self.condition.prompts
+        return None if prompts is None else [prompts[i] for i in self.index.tolist()]
+
+    def __getitem__(self, samples: Tensor | slice) -> "Trajectory":
+        """The same steps of some samples (a slice, integers or a mask)."""
+        changes: dict[str, Any] = {name: self._get(name, lambda v: v[samples]) for name in _PER_SAMPLE}
+        changes |= {name: self._get(name, lambda v: v[:, samples]) for name in _STEP_MAJOR}
+        return replace(self, **changes)
+
+    def between(self, first: int, last: int) -> "Trajectory":
+        """The steps `first, ..., last - 1` of all samples: a path from X_first to X_last.
+
+        What a loss added is dropped, since it belongs to the whole path, and so is `log_w`.
+        """
+        if not 0 <= first < last <= self.steps:
+            raise IndexError(f"between({first}, {last}) of a trajectory of {self.steps} steps")
+        t, states = self.t[first : last + 1], self.states[first : last + 1]
+        dropped = dict.fromkeys(("log_w", "supervised", "adjoint", "base_mean"))
+        return replace(self, t=t, states=states, noise=self.noise[first:last], **dropped)
+
+    def to(self, *args: Any, **kwargs: Any) -> "Trajectory":
+        """The same trajectory on another device or in another dtype (times keep theirs)."""
+
+        def move(value: Tensor) -> Tensor:
+            moved: Tensor = value.to(*args, **kwargs)
+            return moved if value.is_floating_point() else moved.to(value.dtype)
+
+        names = [f.name for f in fields(self) if f.name not in ("t", "condition", "lam", "rollout")]
+        changes: dict[str, Any] = {name: self._get(name, move) for name in names}
+        return replace(self, condition=self.condition.to(*args, **kwargs), **changes)
+
+    def save(self, path: str | Path) -> None:
+        """Write the record to a file that `torch.load(..., weights_only=True)` reads."""
+        record = {f.name: self.__dict__[f.name] for f in fields(self)}
+        record["condition"] = {**self.condition.__dict__, "tensors": dict(self.condition.tensors)}
+        torch.save(record, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Trajectory":
+        """Read what `save` wrote; no pickled code is run."""
+        record = torch.load(path, weights_only=True)
+        return cls(**{**record, "condition": Condition(**record["condition"])})
+
+    def _get(self, name: str, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+        value: Tensor | None = self.__dict__[name]
+        return None if value is None else change(value)
