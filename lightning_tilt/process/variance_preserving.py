@@ -187,7 +187,7 @@ class VariancePreserving(Process):
         elif self.spacing == "leading":
             nodes = (steps - 1 - k) * (n // steps) + self.steps_offset
         else:
-            nodes = (n - 1) - (k * (n - 1) / max(steps - 1, 1)).round()
+            nodes = ((n - 1) * (steps - 1 - k) / (steps - 1)).round() if steps > 1 else k + n - 1
         if nodes[0] > n - 1:
             raise ValueError(f"{steps} leading steps with offset {self.steps_offset} pass the last of {n} nodes")
         return torch.cat([1 - (nodes + 1) / n, torch.ones(1, dtype=torch.float64)])
