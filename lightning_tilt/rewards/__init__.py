@@ -1,0 +1,15 @@
+"""Rewards: r(x), one number a sample, differentiable in the images, and a torchmetrics `Metric` that averages it.
+
+    score : images in [0, 1] (B, 3, H, W), prompts (B strings, or None)  ->  r (B,)
+
+The host decodes latents before it asks; a density's reward is given the states themselves.  An own reward is a subclass
+of `Reward` with one method, in any file that can be imported.
+"""
+
+from lightning_tilt.interfaces import Reward
+from lightning_tilt.rewards.clip_score import CLIPScore
+from lightning_tilt.rewards.digit_classifier import DigitClassifier
+from lightning_tilt.rewards.ink import Ink
+from lightning_tilt.rewards.quadratic import LinearReward, QuadraticReward
+
+__all__ = ["CLIPScore", "DigitClassifier", "Ink", "LinearReward", "QuadraticReward", "Reward"]

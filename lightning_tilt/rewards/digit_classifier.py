@@ -1,0 +1,94 @@
+"""Does the image show the digit that the prompt asks for?
+
+    r(x, prompt) = log p(digit(prompt) | x),      p = softmax of a classifier's logits
+
+The classifier was trained apart from the models it judges, on real digits; its figures stand on its model card.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tilt.frozen import Frozen
+from lightning_tilt.interfaces import Prompts, Reward
+from lightning_tilt.rewards.checks import EMBEDDED, mend_missing, one_prompt_an_image
+
+__all__ = ["DigitClassifier"]
+
+
+class DigitClassifier(Reward):
+    """Log-probability, in nats (at most 0), of the digit that the prompt names, as a word or as a numeral.
+
+    Args:
+        path: folder of a trained `DigitCNN`; None: the embedded one.
+        kwargs: of `torchmetrics.Metric`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder.
+    """
+
+    needs_prompts = True
+
+    def __init__(self, path: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.network: Frozen[nn.Module] = Frozen(_load(path))
+
+    def log_probabilities(self, images: Tensor) -> Tensor:
+        """`log p(digit | image)` of images in [0, 1], (B, 3, H, W): (B, 10), in the dtype of the images."""
+        dtype = next(self.network.module.parameters()).dtype
+        logits: Tensor = self.network(images.to(dtype))
+        return logits.log_softmax(1).to(images.dtype)
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """`log p` of each prompt's digit.
+
+        Args:
+            images: in [0, 1], (B, 3, H, W).
+            prompts: B strings that name one digit each.
+
+        Returns:
+            (B,), in the dtype of the images.
+
+        Raises:
+            ValueError: if there is not one prompt an image, or if a prompt names no digit, or several.
+        """
+        asked = self.digits(one_prompt_an_image("DigitClassifier", images, prompts))
+        digits = torch.tensor(asked, device=images.device)
+        return self.log_probabilities(images).gather(1, digits[:, None]).squeeze(1)
+
+    @staticmethod
+    def digits(prompts: list[str]) -> list[int]:
+        """The digit that each prompt asks for.
+
+        Raises:
+            ValueError: if a prompt names no digit, or several.
+
+        Example:
+            >>> DigitClassifier.digits(["a handwritten seven", "3"])
+            [7, 3]
+        """
+        from lightning_tilt.assets.prompts import digit_of
+
+        found = []
+        for prompt in prompts:
+            digit = digit_of(prompt)
+            if digit is None:
+                raise ValueError(
+                    f"DigitClassifier cannot tell which digit the prompt {prompt!r} asks for; "
+                    "name exactly one, as in 'a handwritten seven' or 'the digit 7'"
+                )
+            found.append(digit)
+        return found
+
+
+def _load(path: str | None) -> nn.Module:
+    from lightning_tilt.models.digit_cnn import DigitCNN
+
+    folder = EMBEDDED / "digit-classifier" if path is None else Path(path).expanduser()
+    if not (folder / "config.json").is_file():
+        mend = mend_missing(path, "a folder that DigitCNN.save_pretrained wrote")
+        raise FileNotFoundError(f"DigitClassifier found no network in {str(folder)!r}; {mend}")
+    network: nn.Module = DigitCNN.from_pretrained(str(folder))
+    return network.float()
