@@ -45,14 +45,15 @@ install: $(DEV)
 .venv/pyvenv.cfg:
 	$(PYTHON) -m venv .venv
 
+# torch comes first and alone: it is most of the download, and the one worth a progress bar.
 $(BASE): | .venv/pyvenv.cfg
-	$(PIP_INSTALL) --progress-bar on --editable .
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --quiet --editable .
 	@touch $@
 
-# The development install contains the base one: whoever tests first need not install for the demo.
-$(DEV): | .venv/pyvenv.cfg
-	$(PIP_INSTALL) --progress-bar on --editable ".[dev]"
-	@touch $(BASE) $@
+$(DEV): $(BASE)
+	$(PIP_INSTALL) --quiet --editable ".[dev]"
+	@touch $@
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
