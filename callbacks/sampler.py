@@ -98,11 +98,10 @@ class TrajectorySampler(Sampler, Callback):
             raise RuntimeError("there is no rollout yet: TrajectorySampler makes one at the start of a training batch")
         return self._trajectory
 
-    def chain(self, host: Any) -> Chain:
+    def chain(self, host: Any, count: bool = True) -> Chain:
         """The chain of the host's process on this sampler's grid; network calls run in the Trainer's precision."""
-        return Chain(
-            host.process, self.transition, host.process.grid(self.steps), self.evaluations, _network_context(host)
-        )
+        evaluations = self.evaluations if count else Evaluations()
+        return Chain(host.process, self.transition, host.process.grid(self.steps), evaluations, _network_context(host))
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -155,7 +154,7 @@ class TrajectorySampler(Sampler, Callback):
         each = samples_per_condition or self.samples_per_condition
         index = torch.arange(size).repeat_interleave(each)
         sample = _global_numbers(host, size, each)
-        chain = self.chain(host)
+        chain = self.chain(host, count=stream == "train")
         device, dtype = _device_and_dtype(host)
         was_training = predictor.training
         predictor.eval()

@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_tilt.condition import Condition
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.process import Prediction, Process
-from lightning_tilt.transition import Gaussian, Transition
+from lightning_tilt.trajectory import Trajectory
+from lightning_tilt.transition import Gaussian, Transition, control, path_log_ratio
 
 __all__ = ["Chain", "Evaluations", "slices"]
 
@@ -149,6 +150,37 @@ class Chain:
                 x = self.kernel(model, output, x, k).sample(noise[k])
             states.append(x)
         return torch.stack(states), noise
+
+    def log_ratio(self, trajectory: Trajectory, base_mean: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """log dP/dP_base of the paths, sum_k (u_k . z_k + |u_k|^2 / 2), over the steps with noise.
+
+        Args:
+            trajectory: paths of the law P; its means are recovered from its noise, m_k = X_{k+1} - std_k z_k.
+            base_mean: `(x, k) -> m_base,k(x)`.
+
+        Returns:
+            (N,)
+        """
+        total = torch.zeros_like(trajectory.reward)
+        for k in self.noisy_steps:
+            x, after, z = trajectory.states[k], trajectory.states[k + 1], trajectory.noise[k]
+            std = self.stds[k].to(x)
+            total = total + path_log_ratio(control(after - std * z, base_mean(x, k), std), z)
+        return total
+
+    def mean(self, predictor: Predictor, condition: Condition, scale: float = 1.0) -> Callable[[Tensor, int], Tensor]:
+        """The (guided) means `(x, k) -> m_k(x)` under N conditions, with gradient through both branches."""
+
+        def mean(x: Tensor, k: int) -> Tensor:
+            output = self.output(predictor, x, k, condition, scale, unconditional_gradient=True)
+            return self.kernel(predictor, output, x, k).mean
+
+        return mean
+
+    @property
+    def noisy_steps(self) -> list[int]:
+        """The steps with std > 0."""
+        return [k for k, std in enumerate(self.stds.tolist()) if std > 0]
 
     @property
     def stds(self) -> Tensor:

@@ -97,8 +97,8 @@ class Loss(ABC):
         """Add to a fresh rollout what this loss needs of it (Adjoint Matching: the adjoint sweep)."""
 
     @abstractmethod
-    def loss(self, trajectory: Trajectory) -> Tensor:
-        """The scalar of one batch: a mean over this process's samples, those of weight 0 left out."""
+    def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
+        """The scalar of one batch, a mean over good samples, and what else should be logged of it, by name."""
 
     def setup(self, stage: str) -> None:
         """Check, before anything is computed, that host, reward and sampler fit this loss."""
@@ -148,8 +148,9 @@ class Loss(ABC):
         trajectory = self.sampler.trajectory
         good = trajectory.weight.sum()
         self._good_samples += float(self.mean_over_ranks(good))
-        loss = self.loss(trajectory)
-        self.log_train("loss", loss.detach())
+        loss, logged = self.loss(trajectory)
+        for name, value in (logged | {"loss": loss.detach()}).items():
+            self.log_train(name, value)
         self.log_train("reward", trajectory.reward.sum() / good.clamp(min=1), prog_bar=True)
         self.log_train("lam", torch.tensor(trajectory.lam))
         if trajectory.log_w is not None:

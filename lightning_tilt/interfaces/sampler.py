@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_tilt.trajectory import Trajectory
 
 if TYPE_CHECKING:
-    from lightning_tilt.chain import Chain
+    from lightning_tilt.chain import Chain, Evaluations
     from lightning_tilt.noise import Stream
 
 __all__ = ["Sampler"]
@@ -20,6 +20,7 @@ class Sampler(ABC):
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
         memoryless: whether the transitions are the memoryless ones.
+        evaluations: network evaluations of training so far.
         weighted: whether the base makes the steps of std = 0, so that path weights mean something.
     """
 
@@ -28,6 +29,7 @@ class Sampler(ABC):
     samples_per_condition: int
     memoryless: bool
     weighted: bool
+    evaluations: "Evaluations"
 
     @property
     @abstractmethod
@@ -35,8 +37,8 @@ class Sampler(ABC):
         """The rollout that the current batch trains on."""
 
     @abstractmethod
-    def chain(self, host: Any) -> "Chain":
-        """The chain of transitions of the host's process on this sampler's grid."""
+    def chain(self, host: Any, count: bool = True) -> "Chain":
+        """The chain of the host's process on this sampler's grid; `count` its evaluations as training's."""
 
     @abstractmethod
     def rollout(

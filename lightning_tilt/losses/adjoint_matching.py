@@ -25,10 +25,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.chain import Chain, slices
 from lightning_tilt.condition import Condition
-from lightning_tilt.interfaces import LamSchedule, Loss, Predictor
+from lightning_tilt.interfaces import LamSchedule, Loss
 from lightning_tilt.noise import keyed_choice
 from lightning_tilt.trajectory import Trajectory
-from lightning_tilt.transition import control, path_log_ratio
+from lightning_tilt.transition import control
 
 __all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms", "lean_adjoint"]
 
@@ -156,7 +156,7 @@ class AdjointMatching(Loss):
         with self.predictor.base() as base:
             swept = [
                 lean_adjoint(
-                    _base_mean(chain, base, trajectory.condition[trajectory.index[i]], scale),
+                    chain.mean(base, trajectory.condition[trajectory.index[i]], scale),
                     trajectory.states[:, i],
                     terminal[i],
                     steps,
@@ -167,10 +167,13 @@ class AdjointMatching(Loss):
         chain.evaluations.vjp += len(trajectory) * (chain.steps - 1 - steps[0]) * (1 if scale == 1 else 2)
         supervised = torch.tensor(steps, device=trajectory.states.device)
         swept_trajectory = replace(trajectory, supervised=supervised, adjoint=adjoint, base_mean=base_mean)
-        weighed = scale == rollout_scale and steps == _noisy_steps(chain) and self.sampler.weighted
-        return replace(swept_trajectory, log_w=_log_w(chain, swept_trajectory)) if weighed else swept_trajectory
+        if scale != rollout_scale or steps != chain.noisy_steps or not self.sampler.weighted:
+            return swept_trajectory
+        # Every step has met the base's mean: the path weights are free.
+        log_ratio = chain.log_ratio(trajectory, lambda x, k: base_mean[steps.index(k)])
+        return replace(swept_trajectory, log_w=trajectory.lam * trajectory.reward - log_ratio)
 
-    def loss(self, trajectory: Trajectory) -> Tensor:
+    def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples and supervised steps of the (weighted, capped) terms."""
         assert trajectory.supervised is not None and trajectory.adjoint is not None
         chain = self.sampler.chain(self)
@@ -188,11 +191,14 @@ class AdjointMatching(Loss):
             capped += (~keep).sum()
             largest = torch.maximum(largest, terms.detach().max())
         chain.evaluations.pairs += samples * len(steps)
-        self.log_train("term_max", largest)
-        if self.loss_cap is not None:
-            self.log_train("capped_fraction", capped / (samples * len(steps)))
-        self.log_train("adjoint_norm", trajectory.adjoint[0].flatten(1).norm(dim=1).mean())
-        return total / (good * len(steps))
+        logged = {
+            "term_max": largest,
+            "capped_fraction": capped / (samples * len(steps)),
+            "adjoint_norm": trajectory.adjoint[0].flatten(1).norm(dim=1).mean(),
+        }
+        if self.loss_cap is None:
+            del logged["capped_fraction"]
+        return total / (good * len(steps)), logged
 
     def _terms(self, chain: Chain, trajectory: Trajectory, j: Tensor, n: Tensor) -> Tensor:
         """The terms of the pairs (supervised[j], n), (P,), by one (checkpointed) network call."""
@@ -229,7 +235,7 @@ class AdjointMatching(Loss):
 
     def _draw_steps(self, trajectory: Trajectory, chain: Chain) -> list[int]:
         """The supervised steps of this rollout: never one of std = 0."""
-        noisy = _noisy_steps(chain)
+        noisy = chain.noisy_steps
         if self.supervised_steps == "all":
             return noisy
         last = noisy[len(noisy) - min(self.last_steps, len(noisy)) :]
@@ -248,27 +254,3 @@ class AdjointMatching(Loss):
         # 1/2 |u + std a|^2 = h/2 |u/sqrt(h) + sigma a|^2, the bracket being the published term.
         cap = torch.full_like(std, torch.inf) if self.loss_cap is None else h / 2 * self.loss_cap * lam**2
         return torch.stack([factor, cap], 1)
-
-
-def _noisy_steps(chain: Chain) -> list[int]:
-    return [k for k, std in enumerate(chain.stds.tolist()) if std > 0]
-
-
-def _base_mean(chain: Chain, base: Predictor, condition: Condition, scale: float) -> Callable[[Tensor, int], Tensor]:
-    def mean(x: Tensor, k: int) -> Tensor:
-        # The adjoint of a guided base needs both branches.
-        output = chain.output(base, x, k, condition, scale, unconditional_gradient=True)
-        return chain.kernel(base, output, x, k).mean
-
-    return mean
-
-
-def _log_w(chain: Chain, trajectory: Trajectory) -> Tensor:
-    """lam r - sum_k (u_k . z_k + |u_k|^2/2), the rollout's own means recovered from its noise: m_k = X_{k+1} - std z."""
-    assert trajectory.supervised is not None and trajectory.base_mean is not None
-    log_w = trajectory.lam * trajectory.reward
-    for k, base_mean in zip(trajectory.supervised.tolist(), trajectory.base_mean, strict=True):
-        std, z = chain.stds[k].to(base_mean), trajectory.noise[k]
-        u = control(trajectory.states[k + 1] - std * z, base_mean, std)
-        log_w = log_w - path_log_ratio(u, z)
-    return log_w

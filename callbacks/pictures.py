@@ -1,0 +1,132 @@
+"""Pictures of a run: before and after, the curves, the reward's distribution."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..loggers import read_metrics
+
+__all__ = ["before_after", "curves", "image_grid", "reward_histogram"]
+
+BASE, TUNED, EXACT = "#7f8c99", "#c8553d", "#2b6777"
+
+
+def before_after(
+    path: str | Path, prompts: Sequence[str | None], base: Sequence[Tensor], tuned: Sequence[Tensor]
+) -> None:
+    """Draw samples of base and tuned model from the same noise, side by side; states in the plane as points.
+
+    Args:
+        path: the PNG to write.
+        prompts: one a row.
+        base: for each prompt samples of the base, (n, 3, H, W) in [0, 1], or states (n, d).
+        tuned: the same of the tuned model.
+    """
+    if base[0].ndim != 4:
+        return _scatter(path, torch.cat(list(base)), torch.cat(list(tuned)))
+    rows = [torch.cat([*b, torch.ones(3, b.shape[2], max(2, b.shape[3] // 4)), *t], -1) for b, t in zip(base, tuned, strict=True)]
+    figure = Figure(figsize=(9, 0.2 + 0.62 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    for axis, row, prompt in zip(axes, rows, prompts, strict=True):
+        axis.imshow(row.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_ylabel(prompt or "", rotation=0, ha="right", va="center", fontsize=8)
+        axis.spines[:].set_visible(False)
+    axes[0].set_title("base" + " " * 60 + "tuned, from the same noise", fontsize=9)
+    figure.savefig(path, dpi=150)
+    return None
+
+
+def image_grid(path: str | Path, images: Tensor, columns: int) -> None:
+    """Write images (n, 3, H, W) in [0, 1] as one PNG, row by row."""
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    page = torch.ones(3, rows * (height + 2), columns * (width + 2))
+    for i, image in enumerate(images):
+        y, x = (i // columns) * (height + 2), (i % columns) * (width + 2)
+        page[:, y : y + height, x : x + width] = image
+    figure = Figure(figsize=(page.shape[2] / 50, page.shape[1] / 50))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.imshow(page.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axis.set_axis_off()
+    figure.savefig(path, dpi=150)
+
+
+def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[Tensor], lam: float) -> None:
+    """Draw the rewards of base and tuned samples, and the exact tilt by reweighting, on one axis.
+
+    Args:
+        path: the PNG to write.
+        base: for each prompt the rewards of base samples, (n,).
+        tuned: the same of tuned samples.
+        lam: multiplier of the tilt.
+    """
+    rewards = torch.cat(list(base))
+    weights = torch.cat([torch.softmax(lam * r, 0) for r in base]) / len(base)
+    everything = torch.cat([rewards, *tuned])
+    low, high = torch.quantile(everything[:100_000], torch.tensor([0.002, 0.998], dtype=everything.dtype)).tolist()
+    bins = torch.linspace(low, high, 41).tolist()
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(rewards.numpy(), bins, density=True, color=BASE, alpha=0.45, label="base")
+    axis.hist(torch.cat(list(tuned)).numpy(), bins, density=True, color=TUNED, alpha=0.45, label="tuned")
+    axis.hist(
+        rewards.numpy(), bins, weights=weights.numpy(), density=True, histtype="step", color=EXACT, lw=1.8,
+        label="exact tilt (base, reweighted)",
+    )
+    axis.set_xlabel("reward")
+    axis.set_ylabel("density")
+    axis.legend(frameon=False)
+    _tidy(axis)
+    figure.savefig(path, dpi=150)
+
+
+def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> None:
+    """Draw reward, ESS and loss over the updates.
+
+    Args:
+        path: the PNG to write.
+        metrics: the run's metrics.csv.
+        report: the run's report: its base and exact rewards are drawn as lines.
+    """
+    columns = read_metrics(metrics)
+    panels = [c for c in ("train/reward", "train/ess", "train/loss") if c in columns]
+    figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.2), layout="constrained")
+    for axis, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
+        points = [(s, v) for s, v in zip(columns["step"], columns[name], strict=True) if v == v]
+        axis.plot(*zip(*points, strict=True), color=TUNED, lw=1.2)
+        axis.set_title(name.removeprefix("train/"), fontsize=10)
+        axis.set_xlabel("update")
+        _tidy(axis)
+        if name == "train/reward":
+            for key, colour in (("reward_base", BASE), ("reward_exact", EXACT)):
+                axis.axhline(report[key]["mean"], color=colour, lw=1.2, ls="--", label=key.removeprefix("reward_"))
+            axis.legend(frameon=False, fontsize=8)
+        elif name == "train/ess":
+            axis.set_ylim(0, 1.02)
+        elif min(v for _, v in points) > 0:
+            axis.set_yscale("log")
+    figure.savefig(path, dpi=150)
+
+
+def _scatter(path: str | Path, base: Tensor, tuned: Tensor) -> None:
+    """The first two coordinates of base and tuned states."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for axis, points, name, colour in zip(
+        figure.subplots(1, 2, sharex=True, sharey=True), (base, tuned), ("base", "tuned"), (BASE, TUNED), strict=True
+    ):
+        axis.scatter(points[:5000, 0].numpy(), points[:5000, 1].numpy(), s=3, alpha=0.35, color=colour, lw=0)
+        axis.set_title(f"{name}, from the same noise", fontsize=10)
+        axis.set_aspect("equal")
+        _tidy(axis)
+    figure.savefig(path, dpi=150)
+
+
+def _tidy(axis: Axes) -> None:
+    axis.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,118 @@
+"""`lightning-tilt fit | validate | test | predict`: the wiring of LightningCLI, and nothing else.
+
+Four blocks: `model: data: sampler: trainer:`.  The model is any LightningModule that carries a loss, ours or yours.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+# Imported so that their short names resolve in YAML and on the command line.
+import lightning_tilt.callbacks
+import lightning_tilt.data
+import lightning_tilt.models.closed_form
+import lightning_tilt.models.neural
+import lightning_tilt.models.stable_diffusion
+import lightning_tilt.models.stable_diffusion_3
+import lightning_tilt.rewards
+import lightning_tilt.tasks  # noqa: F401
+from lightning_tilt.callbacks import TrajectorySampler
+from lightning_tilt.loggers import RunLogger
+from lightning_tilt.run_folder import keep_previous
+
+__all__ = ["SaveRun", "TiltCLI", "main"]
+
+
+class SaveRun(SaveConfigCallback):
+    """Save the resolved configuration in the run's folder, and the model's part of it in every checkpoint."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Plain class paths and arguments: `load_from_checkpoint` and `--ckpt_path` rebuild the model from them."""
+        model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["model"]
+        checkpoint["hyper_parameters"] = {
+            "_class_path": model["class_path"],
+            "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            **model.get("init_args", {}),
+            **model.get("dict_kwargs", {}),
+        }
+
+
+class TiltCLI(LightningCLI):
+    """LightningCLI with the sampler's block, a run folder, and flags that beat a checkpoint's hyperparameters."""
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveRun,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_kwargs={"description": __doc__},
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The sampler is a block of its own."""
+        parser.add_lightning_class_args(TrajectorySampler, "sampler")
+        parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Let the model of a checkpoint come first, so that every YAML and every flag beats it."""
+        given = list(sys.argv[1:] if args is None else args) if not isinstance(args, dict) else args
+        if isinstance(given, list):
+            given = _with_checkpoint_first(given)
+        self.config = parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
+
+    def _parse_ckpt_path(self) -> None:
+        """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on with them."""
+        if self.subcommand != "fit" or rank_zero_only.rank != 0 or self.config.fit.ckpt_path:
+            return
+        kept = keep_previous(self.config.fit.trainer.default_root_dir)
+        if kept is not None:
+            rank_zero_info(f"An earlier run was here; its outputs are now in {kept}")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Without another logger, metrics go to `metrics.csv` in the run's folder."""
+        config = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        if config.logger is None or config.logger is True:
+            kwargs.setdefault("logger", RunLogger(config.default_root_dir))
+        return super().instantiate_trainer(**kwargs)
+
+
+def _with_checkpoint_first(args: list[str]) -> list[str]:
+    """Put the hyperparameters of `--ckpt_path` before all other configuration."""
+    path = next((a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")), None)
+    if path is None and "--ckpt_path" in args[:-1]:
+        path = args[args.index("--ckpt_path") + 1]
+    if path is None or not args or not Path(path).is_file():
+        return args
+    hparams = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    if "_class_path" not in hparams:
+        return args
+    init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
+    model = {"model": {"class_path": hparams["_class_path"], "init_args": init_args}}
+    return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The console script; own rewards and modules are found in the working directory."""
+    sys.path.insert(0, str(Path.cwd()))
+    TiltCLI(None if args is None else list(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The run's folder (`trainer.default_root_dir`): everything of a run is in it, and nothing in it is ever overwritten.
+
+A new run in a used folder first moves what the earlier one left into `previous/001/`, `previous/002/`, ...; a resumed
+run goes on with it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+__all__ = ["RUN_OUTPUTS", "keep_previous", "next_free", "write_json"]
+
+RUN_OUTPUTS = (
+    "config.yaml",
+    "metrics.csv",
+    "report.json",
+    "report.*.json",
+    "checkpoints",
+    "lora",
+    "weights",
+    "predictions",
+    "before_after.png",
+    "curves.png",
+    "reward_histogram.png",
+)
+"""What a run writes; nothing else in the folder is touched."""
+
+
+def keep_previous(folder: str | Path) -> Path | None:
+    """Move an earlier run's outputs aside.
+
+    Args:
+        folder: the run's folder; it need not exist.
+
+    Returns:
+        Where they are now, or None if there were none.
+    """
+    folder = Path(folder)
+    found = sorted(path for pattern in RUN_OUTPUTS for path in folder.glob(pattern))
+    if not found:
+        return None
+    count = 1
+    while (kept := folder / "previous" / f"{count:03d}").exists():
+        count += 1
+    kept.mkdir(parents=True)
+    for path in found:
+        path.rename(kept / path.name)
+    return kept
+
+
+def next_free(path: Path) -> Path:
+    """The first of `report.1.json`, `report.2.json`, ... that is not taken."""
+    count = 1
+    while (free := path.with_name(f"{path.stem}.{count}{path.suffix}")).exists():
+        count += 1
+    return free
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all; an earlier one is kept under the next free number."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    if path.exists():
+        path.rename(next_free(path))
+    draft.replace(path)
