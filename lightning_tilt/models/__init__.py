@@ -11,16 +11,30 @@ if TYPE_CHECKING:
     from lightning_tilt.models.closed_form import GaussianMixturePredictor as GaussianMixturePredictor
     from lightning_tilt.models.closed_form import the_mixture as the_mixture
     from lightning_tilt.models.gaussian_mixture import GaussianMixture as GaussianMixture
+    from lightning_tilt.models.latent_diffusion import LatentDiffusion as LatentDiffusion
     from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
+    from lightning_tilt.models.stable_diffusion import StableDiffusion as StableDiffusion
+    from lightning_tilt.models.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 
 _HOMES = {
     "GaussianMixture": "lightning_tilt.models.gaussian_mixture",
     "GaussianMixturePredictor": "lightning_tilt.models.closed_form",
+    "LatentDiffusion": "lightning_tilt.models.latent_diffusion",
     "NeuralTilt": "lightning_tilt.models.neural",
+    "StableDiffusion": "lightning_tilt.models.stable_diffusion",
+    "StableDiffusion3": "lightning_tilt.models.stable_diffusion_3",
     "the_mixture": "lightning_tilt.models.closed_form",
 }
 
-__all__ = ["GaussianMixture", "GaussianMixturePredictor", "NeuralTilt", "the_mixture"]
+__all__ = [
+    "GaussianMixture",
+    "GaussianMixturePredictor",
+    "LatentDiffusion",
+    "NeuralTilt",
+    "StableDiffusion",
+    "StableDiffusion3",
+    "the_mixture",
+]
 
 
 def __getattr__(name: str) -> Any:

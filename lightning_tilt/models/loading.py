@@ -1,0 +1,143 @@
+"""Read a latent diffusion pipeline from a folder or the Hub, and say in one line why that is not possible.
+
+diffusers does the loading (`StableDiffusionPipeline.from_pretrained` and its sisters).  This module looks first at
+`model_index.json`, a file of a few hundred bytes, so that a wrong path, a wrong family or an unknown scheduler is
+told before gigabytes are read.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from packaging.version import Version
+
+__all__ = ["Dtype", "load_pipeline", "torch_dtype"]
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""Floating-point formats of frozen weights, by torch's names."""
+
+# Parts of a folder that no tilting needs; leaving them out also spares their requirements (an image library).
+_UNUSED: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": ("safety_checker", "feature_extractor", "image_encoder"),
+    "StableDiffusion3Pipeline": ("feature_extractor", "image_encoder"),
+}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype called `name`.
+
+    Raises:
+        ValueError: if `name` is none of `Dtype`.
+    """
+    if name not in get_args(Dtype):
+        raise ValueError(f"unknown dtype {name!r}; known are {', '.join(get_args(Dtype))}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_pipeline(
+    path: str | Path,
+    kind: str,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    without: Sequence[str] = (),
+    variant: str | None = None,
+    revision: str | None = None,
+) -> Any:
+    """Load a diffusers pipeline.
+
+    Args:
+        path: folder that `save_pretrained` wrote, or name on the Hub.
+        kind: name of the diffusers pipeline class that `path` must hold.
+        dtypes: dtype of each component by its name, "default" for the others, whatever is on disk.
+        without: components to leave out.
+        variant: of the weight files, e.g. "fp16".
+        revision: of the Hub repository: branch, tag or commit.
+
+    Returns:
+        The pipeline, its networks in eval mode.
+
+    Raises:
+        FileNotFoundError: if there is no such folder or repository, or a file of it is missing.
+        ValueError: if it holds another kind of pipeline, or an unknown scheduler.
+    """
+    import diffusers
+
+    index = _read_index(path, revision)
+    _check_index(path, index, kind, dir(diffusers))
+    options: dict[str, Any] = dict.fromkeys((*_UNUSED[kind], *without))
+    # Renamed in diffusers 0.42; the older name warns there.
+    options["dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"] = dict(dtypes)
+    if kind == "StableDiffusionPipeline":
+        options["requires_safety_checker"] = False
+    try:
+        pipeline = getattr(diffusers, kind).from_pretrained(
+            _locate(path), variant=variant, revision=revision, **options
+        )
+    except OSError as error:
+        raise FileNotFoundError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from None
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from None
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipeline
+
+
+def _locate(path: str | Path) -> str:
+    """The folder, with `~` replaced, or the Hub name as it is."""
+    folder = Path(path).expanduser()
+    return str(folder) if folder.exists() else str(path)
+
+
+def _read_index(path: str | Path, revision: str | None) -> dict[str, Any]:
+    """The content of `model_index.json`."""
+    where = Path(_locate(path))
+    local = str(path).startswith(("/", ".", "~")) or len(where.parts) > 2
+    if where.is_file() or (local and not where.is_dir()):
+        raise FileNotFoundError(
+            f"there is no folder {str(path)!r}; give a folder with a model_index.json, or a Hub name"
+        )
+    file = where / "model_index.json" if where.is_dir() else _fetch_index(str(path), revision)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"folder {str(path)!r} has no model_index.json; give the folder that a pipeline's save_pretrained wrote"
+        )
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model_index.json of {str(path)!r} is no JSON ({_first_line(error)}); restore it") from None
+    return index
+
+
+def _fetch_index(name: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "model_index.json", revision=revision))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder nor reachable on the Hub ({_first_line(error)}); check the name, the "
+            "connection and, for a gated model, `hf auth login`"
+        ) from None
+
+
+def _check_index(path: str | Path, index: Mapping[str, Any], kind: str, known: Sequence[str]) -> None:
+    """Refuse another kind of pipeline, and a scheduler that diffusers does not know."""
+    found = index.get("_class_name")
+    if found != kind:
+        mend = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusion3Pipeline": "StableDiffusion3"}
+        use = f"load it with {mend[found]}" if found in mend else f"known kinds are {', '.join(mend)}"
+        raise ValueError(f"{str(path)!r} holds a {found}, not a {kind}; {use}")
+    scheduler = (index.get("scheduler") or [None, None])[1]
+    if scheduler not in known:
+        raise ValueError(
+            f"{str(path)!r} names an unknown scheduler {scheduler!r}, so its noise levels are unknown; name one of "
+            "diffusers' schedulers in its model_index.json"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
