@@ -1,0 +1,142 @@
+"""Prompts: one a line of a file; a batch is a plain list of strings.
+
+The order of an epoch depends on `(seed, epoch)` alone, never on a global random state.  With several processes, every
+one takes each n-th prompt of the same order: two processes with batches of 4 see together what one with batches of 8
+sees.
+"""
+
+from collections.abc import Sequence
+from itertools import cycle, islice
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
+
+from lightning_tilt.data.loader import Loader
+
+__all__ = ["PromptDataModule", "PromptSource", "read_prompts"]
+
+PromptSource = str | Path | list[str]
+"""A file with one prompt a line, or the prompts themselves."""
+
+
+def read_prompts(source: PromptSource) -> list[str]:
+    """The prompts of a file, one a line, or of a list.
+
+    A file is UTF-8; a byte-order mark, any line ends, and white space around a prompt are dropped; blank lines and
+    lines that begin with `#` are skipped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, no text, or holds no prompt.
+    """
+    if not isinstance(source, (str, Path)):
+        if not source or not all(isinstance(prompt, str) for prompt in source):
+            raise ValueError(f"prompts must be a file or a list of at least one string, not {source!r}")
+        return list(source)
+    file = Path(source).expanduser()
+    if file.is_dir():
+        raise ValueError(f"prompts {str(source)!r} is a folder; give a text file with one prompt a line")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no prompt file {str(source)!r}; give a text file with one prompt a line")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"prompt file {str(source)!r} is no UTF-8 text; give a text file with one prompt a line")
+    prompts = [line.strip() for line in text.split("\n")]
+    prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
+    if not prompts:
+        raise ValueError(f"prompt file {str(source)!r} holds no prompt; write one a line")
+    return prompts
+
+
+class _Strings(Dataset[str]):
+    """A list as a dataset."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = list(strings)
+
+    def __len__(self) -> int:
+        return len(self._strings)
+
+    def __getitem__(self, index: int) -> str:
+        return self._strings[index]
+
+
+class PromptDataModule(LightningDataModule):
+    """Batches of prompts, `list[str]`; an epoch is one pass over them.
+
+    Args:
+        prompts: to train on: a UTF-8 file with one prompt a line (blank lines and lines that begin with # are skipped),
+            or a list of strings.
+        batch_size: prompts a batch and process.  Where there are fewer prompts than one batch of all processes takes,
+            training repeats them up to one; else the last batch of an epoch may be smaller.
+        val_prompts: for validation, in their order; None is `prompts`.
+        test_prompts: for tests, in their order; None is `prompts`.
+        predict_prompts: for prediction, in their order; None is `prompts`.
+        shuffle: whether each training epoch has an order of its own.
+        seed: of these orders.
+        num_workers: processes that load; 0 is best for strings.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if a file is empty, a folder or no text, or the batch size is not positive.
+    """
+
+    def __init__(
+        self,
+        prompts: PromptSource,
+        batch_size: int = 8,
+        val_prompts: PromptSource | None = None,
+        test_prompts: PromptSource | None = None,
+        predict_prompts: PromptSource | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, not {batch_size}")
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.num_workers = num_workers
+        self.prompts = read_prompts(prompts)
+        self.val_prompts = self.prompts if val_prompts is None else read_prompts(val_prompts)
+        self.test_prompts = self.prompts if test_prompts is None else read_prompts(test_prompts)
+        self.predict_prompts = self.prompts if predict_prompts is None else read_prompts(predict_prompts)
+
+    def train_dataloader(self) -> Loader:
+        """Prompts in the order of `(seed, epoch)`, shared out among the processes."""
+        rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        times = max(1, self.batch_size * world / len(self.prompts))
+        dataset = _Strings(list(islice(cycle(self.prompts), round(times * len(self.prompts)))))
+        # A distributed sampler even for one process: its order is keyed by (seed, epoch), so that it resumes, does
+        # not depend on the number of processes, and Lightning leaves it in place.
+        sampler = StatefulDistributedSampler(
+            dataset, num_replicas=world, rank=rank, shuffle=self.shuffle, seed=self.seed
+        )
+        return Loader(
+            dataset=dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=list, num_workers=self.num_workers
+        )
+
+    def val_dataloader(self) -> Loader:
+        """Validation prompts, in their order."""
+        return self._in_order(self.val_prompts)
+
+    def test_dataloader(self) -> Loader:
+        """Test prompts, in their order."""
+        return self._in_order(self.test_prompts)
+
+    def predict_dataloader(self) -> Loader:
+        """Prompts to predict, in their order."""
+        return self._in_order(self.predict_prompts)
+
+    def _in_order(self, prompts: Sequence[str]) -> Loader:
+        # Lightning shares these out among the processes.
+        return Loader(
+            dataset=_Strings(prompts), batch_size=self.batch_size, collate_fn=list, num_workers=self.num_workers
+        )
