@@ -8,6 +8,7 @@ a mixin from `lightning_tilt.losses` says how it learns, `TrajectorySampler` sim
 Importing this package is light; each name below is loaded when it is first used.
 """
 
+from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Load a public name from its home at first use (PEP 562)."""
     if name not in _HOMES:
-        raise AttributeError(f"module 'lightning_tilt' has no attribute {name!r}; its names are {', '.join(__all__)}")
+        near = get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'lightning_tilt' has no attribute {name!r}{hint}", name=name)
     value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

@@ -1,0 +1,99 @@
+"""What is installed is what is in the repository, and importing it is light."""
+
+import importlib
+import re
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
+from repository import ROOT, files
+
+import lightning_tilt
+
+tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonical(name): Version(number) for name, number in pairs}
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_every_package_on_disk_is_listed() -> None:
+    packages = {".".join(path.parent.parts) for path in files("lightning_tilt/*__init__.py", "callbacks/*__init__.py")}
+    packages = {"lightning_tilt." + name if name.startswith("callbacks") else name for name in packages}
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
+
+
+def test_every_module_is_in_a_package() -> None:
+    homes = {path.parent for path in files("lightning_tilt/*.py", "callbacks/*.py")}
+    assert [str(home) for home in homes if not (ROOT / home / "__init__.py").is_file()] == []
+
+
+def test_callbacks_link() -> None:
+    link = ROOT / "lightning_tilt" / "callbacks"
+    assert link.is_symlink()
+    assert link.readlink() == Path("../callbacks")
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"lightning_tilt.callbacks": "callbacks"}
+
+
+def test_every_asset_is_package_data() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["lightning_tilt.assets"]
+    suffixes = {Path(pattern).suffix for pattern in patterns}
+    assets = [path for path in files("lightning_tilt/assets") if path.suffix != ".py"]
+    assert {path.suffix for path in assets} <= suffixes
+
+
+def test_version_has_one_source() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == lightning_tilt.__version__
+    try:
+        assert version("lightning-tilt") == lightning_tilt.__version__
+    except PackageNotFoundError:
+        pytest.skip("not installed")
+
+
+def test_constraints_pin_every_requirement_within_its_floor() -> None:
+    pinned = pins()
+    extras = PROJECT["project"]["optional-dependencies"]
+    for requirement in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["dev"]]):
+        assert pinned[canonical(requirement.name)] in requirement.specifier, requirement.name
+
+
+def test_importing_the_package_is_light() -> None:
+    """The package itself brings nothing, its rooms no diffusers and no peft, beyond what lightning loads anyway."""
+    program = """
+import sys
+import lightning
+before = set(sys.modules)
+import lightning_tilt
+print(*{name.partition(".")[0] for name in set(sys.modules) - before})
+for room in ("callbacks", "losses", "models", "module", "rewards"):
+    __import__("lightning_tilt." + room)
+print(*({"diffusers", "peft", "matplotlib"} & (set(sys.modules) - before)))
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    package, rooms = run.stdout.split("\n")[:2]
+    assert package.split() == ["lightning_tilt"]
+    assert rooms.split() == []
+
+
+def test_lazy_names() -> None:
+    assert set(lightning_tilt._HOMES) == set(lightning_tilt.__all__) - {"__version__"}
+    assert dir(lightning_tilt) == sorted(lightning_tilt.__all__)
+    for name in lightning_tilt.__all__:
+        assert getattr(lightning_tilt, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'TiltModul'; did you mean 'TiltModule'"):
+        lightning_tilt.TiltModul  # noqa: B018
