@@ -258,6 +258,16 @@ def test_the_predictor_holds_nothing_to_train_or_save() -> None:
     torch.testing.assert_close(half.float(), exact, rtol=0, atol=5e-3)
 
 
+def test_a_first_call_in_inference_mode_spoils_no_later_gradient() -> None:
+    predictor = GaussianMixturePredictor.of(MIXTURE, PROCESSES["sd15"])
+    condition, t = predictor.encode(None, 3), torch.full((3,), 0.5)
+    with torch.inference_mode():
+        predictor.predict(torch.randn(3, 2), t, condition)
+    x = torch.randn(3, 2, requires_grad=True)
+    predictor.predict(x, t, condition).sum().backward()
+    assert x.grad is not None and x.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "velocity"])
 @pytest.mark.parametrize("name", ["sd15", "flow"])
 def test_a_neural_tilt_begins_at_its_base(kind: PredictionType, name: str) -> None:

@@ -70,7 +70,9 @@ class GaussianMixturePredictor(Predictor):
     def _at(self, x: Tensor) -> GaussianMixture:
         key = (x.device, x.dtype)
         if key not in self._copies:
-            self._copies[key] = self.mixture.to(x)
+            # Validation may be the first to ask; tensors made in its inference mode could never see a backward.
+            with torch.inference_mode(False):
+                self._copies[key] = self.mixture.to(x)
         return self._copies[key]
 
 

@@ -210,7 +210,9 @@ class VariancePreserving(Process):
     def _locate(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The table on t's device, the place of t in it, and the left end j of the interval towards the data."""
         if t.device not in self._tables:
-            self._tables[t.device] = self._table.to(t.device)
+            # Kept for all later calls, so not a tensor of inference mode.
+            with torch.inference_mode(False):
+                self._tables[t.device] = self._table.to(t.device)
         place = (1 - t.double()) * self.num_nodes
         if t.dtype != torch.float64:
             # Coarse times mean the node next to them.

@@ -39,8 +39,8 @@ class QuadraticReward(ConjugateReward):
 
     Example:
         >>> reward = QuadraticReward([[1.0, 0.0], [0.0, 2.0]], [0.0, 1.0])
-        >>> reward.score(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), None).tolist()
-        [-1.5, 0.0]
+        >>> reward.score(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), None).tolist()
+        [-1.5, -1.0]
     """
 
     A: Tensor
