@@ -27,7 +27,7 @@ demo: $(BASE)
 
 # Many small tensors: one thread a worker is faster than many threads in one.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 $(PYTEST_ARGS)
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
