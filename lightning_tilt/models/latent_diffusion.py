@@ -10,7 +10,7 @@ adapters; VAE and text encoders are frozen.
 """
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.frozen import Frozen
-from lightning_tilt.interfaces import Condition, Predictor, Prompts
+from lightning_tilt.interfaces import Condition, ExportablePredictor, Predictor, Prompts
 from lightning_tilt.models.loading import Dtype, load_pipeline, torch_dtype
 from lightning_tilt.models.lora import adapters_off, add_lora, lora_metadata, lora_weights
 
@@ -30,7 +31,12 @@ Tuning = Literal["lora", "full"]
 """What is trained: low-rank adapters beside the frozen denoiser, or all of the denoiser's weights."""
 
 
-class LatentDiffusion(Predictor, ABC):
+def _recompute(module: nn.Module, *args: Any) -> Any:
+    # diffusers' own is a local function, which no spawned process can be sent.
+    return checkpoint(module, *args, use_reentrant=False)
+
+
+class LatentDiffusion(ExportablePredictor):
     """A predictor around a diffusers pipeline.
 
     Args:
@@ -98,8 +104,8 @@ class LatentDiffusion(Predictor, ABC):
         self._embeddings: dict[str, dict[str, Tensor]] = {}
         self._cached_prompts = cached_prompts
         if gradient_checkpointing:
-            self.network.enable_gradient_checkpointing()
-            self.vae.module.enable_gradient_checkpointing()
+            for part in (self.network, self.vae.module):
+                part.enable_gradient_checkpointing(_recompute)
         self._adapted: list[Any] = []
         if tuning == "lora":
             names = self.attention_projections if targets is None else targets
