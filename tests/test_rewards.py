@@ -1,6 +1,7 @@
 """Every exported reward keeps its promises, and each gives the number that its page says."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,15 @@ from tiny_clip import PREPROCESSOR, clip_model, clip_tokenizer, save_clip
 
 from lightning_tilt import rewards
 from lightning_tilt.models.digit_cnn import DigitCNN
-from lightning_tilt.rewards import CLIPScore, DigitClassifier, Ink, LinearReward, QuadraticReward, Reward
+from lightning_tilt.rewards import (
+    CLIPScore,
+    DigitAccuracy,
+    DigitClassifier,
+    Ink,
+    LinearReward,
+    QuadraticReward,
+    Reward,
+)
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 
 EXPORTED = {n for n in rewards.__all__ if issubclass(getattr(rewards, n), Reward)} - {"Reward"}
@@ -29,7 +38,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
     matrix = [[2.0, 0.5], [0.5, 1.0]]
+    accuracy = RewardCase(partial(DigitAccuracy, folders["cnn"]), (3, 32, 32), PROMPTS)
+    read = DigitClassifier(folders["cnn"]).log_probabilities(accuracy.images()).argmax(1).tolist()
     return {
+        # Every other prompt asks for what the random network happens to read.
+        "DigitAccuracy": replace(accuracy, prompts=[str((digit + i % 2) % 10) for i, digit in enumerate(read)]),
         "Ink": RewardCase(Ink, (3, 8, 8), PROMPTS),
         "DigitClassifier": RewardCase(partial(DigitClassifier, folders["cnn"]), (3, 32, 32), PROMPTS),
         # Neither square nor of the tower's size: resize and crop have work to do.
@@ -72,6 +85,11 @@ def test_digit_classifier_is_the_log_probability(folders: dict[str, str]) -> Non
     score = DigitClassifier(folders["cnn"]).score(x, ["a handwritten seven", "the digit 2"])
     expected = torch.stack([logits[0].softmax(0)[7].log(), logits[1].softmax(0)[2].log()])
     torch.testing.assert_close(score, expected)
+
+
+def test_digit_accuracy_counts_what_is_read_as_asked(cases: dict[str, RewardCase]) -> None:
+    case = cases["DigitAccuracy"]
+    assert case.make().score(case.images(), case.prompts).tolist() == [1, 0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("prompt", ["", "a horse", "3 or 4"])

@@ -8,8 +8,8 @@ of `Reward` with one method, in any file that can be imported.
 
 from lightning_tilt.interfaces import Reward
 from lightning_tilt.rewards.clip_score import CLIPScore
-from lightning_tilt.rewards.digit_classifier import DigitClassifier
+from lightning_tilt.rewards.digit_classifier import DigitAccuracy, DigitClassifier
 from lightning_tilt.rewards.ink import Ink
 from lightning_tilt.rewards.quadratic import LinearReward, QuadraticReward
 
-__all__ = ["CLIPScore", "DigitClassifier", "Ink", "LinearReward", "QuadraticReward", "Reward"]
+__all__ = ["CLIPScore", "DigitAccuracy", "DigitClassifier", "Ink", "LinearReward", "QuadraticReward", "Reward"]

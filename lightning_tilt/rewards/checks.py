@@ -1,15 +1,10 @@
 """What every reward that reads prompts, or loads a network, has to refuse; said once."""
 
-from pathlib import Path
-
 from torch import Tensor
 
 from lightning_tilt.interfaces import Prompts
 
-__all__ = ["EMBEDDED", "mend_missing", "one_prompt_an_image"]
-
-EMBEDDED = Path(__file__).parents[1] / "assets"
-"""The folder of the models that come with the package."""
+__all__ = ["mend_missing", "one_prompt_an_image"]
 
 
 def one_prompt_an_image(reward: str, images: Tensor, prompts: Prompts) -> list[str]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.assets import folder
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Prompts, Reward
-from lightning_tilt.rewards.checks import EMBEDDED, mend_missing, one_prompt_an_image
+from lightning_tilt.rewards.checks import mend_missing, one_prompt_an_image
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 
 __all__ = ["CLIPScore"]
@@ -31,7 +32,6 @@ class CLIPScore(Reward):
             embedded CLIP of handwritten digits.
         scale: factor on the cosine: 1 gives [-1, 1], 100 the convention of many tables.
         antialias: filter before shrinking an image, as the image library of the training pipeline did.
-        kwargs: of `torchmetrics.Metric`.
 
     Raises:
         FileNotFoundError: if there is no CLIP at `path`.
@@ -39,8 +39,8 @@ class CLIPScore(Reward):
 
     needs_prompts = True
 
-    def __init__(self, path: str | None = None, scale: float = 1.0, antialias: bool = True, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, path: str | None = None, scale: float = 1.0, antialias: bool = True) -> None:
+        super().__init__()
         self.scale = scale
         network, self.tokenizer, config = _load(path)
         self.network: Frozen[nn.Module] = Frozen(network)
@@ -102,7 +102,7 @@ def _load(path: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
-    name = str(EMBEDDED / "digits-clip") if path is None else str(Path(path).expanduser())
+    name = str(folder("digits-clip")) if path is None else str(Path(path).expanduser())
     try:
         # Looked at first: small, and absent where there is nothing.
         config, _ = ImageProcessingMixin.get_image_processor_dict(name)
@@ -112,6 +112,7 @@ def _load(path: str | None) -> tuple[nn.Module, Any, dict[str, Any]]:
         mend = mend_missing(
             path, "a Hub name, or a folder that save_pretrained of model, tokenizer and processor wrote"
         )
-        reason = str(error).strip().splitlines()[0]
+        gone = Path(name).is_absolute() and not Path(name).is_dir()
+        reason = "there is no such folder" if gone else str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"CLIPScore could not load a CLIP from {name!r}; {mend} ({reason})") from None
     return network, tokenizer, config

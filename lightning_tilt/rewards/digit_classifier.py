@@ -6,16 +6,16 @@ The classifier was trained apart from the models it judges, on real digits; its 
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.assets import folder
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Prompts, Reward
-from lightning_tilt.rewards.checks import EMBEDDED, mend_missing, one_prompt_an_image
+from lightning_tilt.rewards.checks import mend_missing, one_prompt_an_image
 
-__all__ = ["DigitClassifier"]
+__all__ = ["DigitAccuracy", "DigitClassifier"]
 
 
 class DigitClassifier(Reward):
@@ -23,7 +23,6 @@ class DigitClassifier(Reward):
 
     Args:
         path: folder of a trained `DigitCNN`; None: the embedded one.
-        kwargs: of `torchmetrics.Metric`.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -31,8 +30,8 @@ class DigitClassifier(Reward):
 
     needs_prompts = True
 
-    def __init__(self, path: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, path: str | None = None) -> None:
+        super().__init__()
         self.network: Frozen[nn.Module] = Frozen(_load(path))
 
     def log_probabilities(self, images: Tensor) -> Tensor:
@@ -83,12 +82,29 @@ class DigitClassifier(Reward):
         return found
 
 
+class DigitAccuracy(DigitClassifier):
+    """1 where the classifier reads the digit that the prompt names, else 0: a judge without a gradient.
+
+    Args:
+        path: folder of a trained `DigitCNN`; None: the embedded one.
+    """
+
+    is_differentiable = False
+
+    @torch.no_grad()
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        """Whether each prompt's digit is the most probable one, (B,), in the dtype of the images."""
+        asked = self.digits(one_prompt_an_image("DigitAccuracy", images, prompts))
+        read = self.log_probabilities(images).argmax(1)
+        return (read == torch.tensor(asked, device=images.device)).to(images.dtype)
+
+
 def _load(path: str | None) -> nn.Module:
     from lightning_tilt.models.digit_cnn import DigitCNN
 
-    folder = EMBEDDED / "digit-classifier" if path is None else Path(path).expanduser()
-    if not (folder / "config.json").is_file():
+    home = folder("digit-classifier") if path is None else Path(path).expanduser()
+    if not (home / "config.json").is_file():
         mend = mend_missing(path, "a folder that DigitCNN.save_pretrained wrote")
-        raise FileNotFoundError(f"DigitClassifier found no network in {str(folder)!r}; {mend}")
-    network: nn.Module = DigitCNN.from_pretrained(str(folder))
+        raise FileNotFoundError(f"DigitClassifier found no network in {str(home)!r}; {mend}")
+    network: nn.Module = DigitCNN.from_pretrained(str(home))
     return network.float()
