@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Read when the Hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,3 +33,14 @@ def sd3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import save_sd3
 
     return save_sd3(tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture
+def load(sd15_folder: Path, sd3_folder: Path) -> Any:
+    """Make a predictor of the family "sd15" or "sd3" around a tiny pipeline."""
+    from lightning_tilt.models import StableDiffusion, StableDiffusion3
+
+    def make(family: str, **kwargs: Any) -> Any:
+        return StableDiffusion(sd15_folder, **kwargs) if family == "sd15" else StableDiffusion3(sd3_folder, **kwargs)
+
+    return make

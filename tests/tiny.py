@@ -5,6 +5,10 @@ from typing import Any
 
 import torch
 
+from lightning_tilt.interfaces import Condition
+from lightning_tilt.models import LatentDiffusion
+
+PROMPTS = ["a seven", "", "b"]
 LENGTH = 8
 """Tokens of every text encoder."""
 
@@ -136,3 +140,34 @@ def save_sd3(folder: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     ).save_pretrained(folder)
     return folder
+
+
+def plain(family: str, folder: Path, **kwargs: Any) -> Any:
+    """The pipeline as a user of diffusers alone has it."""
+    import diffusers
+
+    kind = {"sd15": "StableDiffusionPipeline", "sd3": "StableDiffusion3Pipeline"}[family]
+    options = {"safety_checker": None, "requires_safety_checker": False} if family == "sd15" else {}
+    return getattr(diffusers, kind).from_pretrained(folder, **options, **kwargs)
+
+
+def bare(family: str, pipeline: Any, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+    """The prediction by a direct call of diffusers' network."""
+    if family == "sd15":
+        steps = torch.tensor([round(1000 * (1 - float(time))) - 1 for time in t])
+        return pipeline.unet(x, steps, condition.tensors["encoder_hidden_states"]).sample
+    told = {"encoder_hidden_states": condition.tensors["encoder_hidden_states"]}
+    told["pooled_projections"] = condition.tensors["pooled_projections"]
+    return -pipeline.transformer(x, timestep=1000 * (1 - t.float()), **told).sample
+
+
+def batch(predictor: LatentDiffusion) -> tuple[torch.Tensor, torch.Tensor, Condition]:
+    x = torch.randn(3, *predictor.state_shape)
+    return x, predictor.process.grid(4)[[0, 1, 3]], predictor.encode(PROMPTS, 3)
+
+
+def kick(predictor: LatentDiffusion) -> None:
+    """Move the trained weights away from the base."""
+    with torch.no_grad():
+        for parameter in predictor.trained_parameters().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))

