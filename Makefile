@@ -16,7 +16,7 @@ BIN := .venv/bin
 HASH := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 BASE := .venv/.installed-$(HASH)
 DEV := .venv/.installed-dev-$(HASH)
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .PHONY: demo test test-slow models lint install clean
 .DELETE_ON_ERROR:
