@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 from torch import Tensor
 
 from ..loggers import read_metrics
@@ -29,7 +30,8 @@ def before_after(
     """
     if base[0].ndim != 4:
         return _scatter(path, torch.cat(list(base)), torch.cat(list(tuned)))
-    rows = [torch.cat([*b, torch.ones(3, b.shape[2], max(2, b.shape[3] // 4)), *t], -1) for b, t in zip(base, tuned, strict=True)]
+    gap = torch.ones(3, base[0].shape[2], max(2, base[0].shape[3] // 4))
+    rows = [torch.cat([*b, gap, *t], -1) for b, t in zip(base, tuned, strict=True)]
     figure = Figure(figsize=(9, 0.2 + 0.62 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, row, prompt in zip(axes, rows, prompts, strict=True):
@@ -43,19 +45,22 @@ def before_after(
     return None
 
 
-def image_grid(path: str | Path, images: Tensor, columns: int) -> None:
-    """Write images (n, 3, H, W) in [0, 1] as one PNG, row by row."""
+def image_grid(path: str | Path, images: Tensor, columns: int, gap: int = 2) -> None:
+    """Write images (n, 3, H, W) in [0, 1] as one PNG, row by row, pixel for pixel.
+
+    Args:
+        path: the PNG to write.
+        images: (n, 3, H, W).
+        columns: images in a row.
+        gap: white pixels between two images.
+    """
     n, _, height, width = images.shape
     rows = -(-n // columns)
-    page = torch.ones(3, rows * (height + 2), columns * (width + 2))
-    for i, image in enumerate(images):
-        y, x = (i // columns) * (height + 2), (i % columns) * (width + 2)
+    page = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images.float().clamp(0, 1)):
+        y, x = (i // columns) * (height + gap), (i % columns) * (width + gap)
         page[:, y : y + height, x : x + width] = image
-    figure = Figure(figsize=(page.shape[2] / 50, page.shape[1] / 50))
-    axis = figure.add_axes((0, 0, 1, 1))
-    axis.imshow(page.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-    axis.set_axis_off()
-    figure.savefig(path, dpi=150)
+    imsave(path, page.permute(1, 2, 0).contiguous().numpy())
 
 
 def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[Tensor], lam: float) -> None:
@@ -77,7 +82,13 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
     axis.hist(rewards.numpy(), bins, density=True, color=BASE, alpha=0.45, label="base")
     axis.hist(torch.cat(list(tuned)).numpy(), bins, density=True, color=TUNED, alpha=0.45, label="tuned")
     axis.hist(
-        rewards.numpy(), bins, weights=weights.numpy(), density=True, histtype="step", color=EXACT, lw=1.8,
+        rewards.numpy(),
+        bins,
+        weights=weights.numpy(),
+        density=True,
+        histtype="step",
+        color=EXACT,
+        lw=1.8,
         label="exact tilt (base, reweighted)",
     )
     axis.set_xlabel("reward")

@@ -9,7 +9,7 @@ are means over prompts, standard errors those of the samples (delta method; `ide
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..chain import slices
 from ..identities import Estimate, expectation, log_partition, mean, stratified
-from ..interfaces import Loss, Reward, Sampler
+from ..interfaces import ImageEmbedding, Reward, Sampler, find_sampler
 from ..metrics import pairwise_diversity
 from ..run_folder import write_json
 from ..trajectory import Trajectory
@@ -52,7 +52,7 @@ class TiltReport(Callback):
         tuned_samples: tuned samples a prompt.
         micro_batch: samples in one network call; None: all of a prompt.
         judges: further rewards, not trained on, by name: their means appear as `<name>_base`, `<name>_tuned`.
-        embedding: a reward with an image embedding (CLIPScore) in whose space diversity is measured; None: in the
+        embedding: what embeds images (CLIPScore), in whose space diversity is measured; None: in the
             space of the decoded images themselves.
         diversity_samples: samples a prompt that diversity is measured on.
         shown: images a prompt in `before_after.png`.
@@ -65,7 +65,7 @@ class TiltReport(Callback):
         tuned_samples: int = 64,
         micro_batch: int | None = None,
         judges: dict[str, Reward] | None = None,
-        embedding: Reward | None = None,
+        embedding: ImageEmbedding | None = None,
         diversity_samples: int = 64,
         shown: int = 4,
         density: str | None = None,
@@ -84,8 +84,9 @@ class TiltReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the base."""
-        for part in (*self.judges.values(), *([self.embedding] if self.embedding else [])):
-            part.to(pl_module.device)
+        for part in (*self.judges.values(), self.embedding):
+            if isinstance(part, torch.nn.Module):
+                part.to(pl_module.device)
         start = time.perf_counter()
         rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
         self._base = self._sample(trainer, pl_module, self.base_samples, base=True)
@@ -103,7 +104,7 @@ class TiltReport(Callback):
         self._write(trainer, pl_module, self._base, tuned)
 
     def _sample(self, trainer: Trainer, host: Any, n: int, base: bool) -> _Samples:
-        sampler = _sampler(trainer)
+        sampler = find_sampler(host)
         samples = _Samples([], {name: [] for name in self.judges}, [], [], [])
         for number, prompt in enumerate(_prompts(trainer)):
             batch: Any = torch.zeros(1) if prompt is None else [prompt]
@@ -117,7 +118,7 @@ class TiltReport(Callback):
                 for name, judge in self.judges.items():
                     samples.judged[name].append(judge.score(images, prompts).double().cpu())
                 some = images[: self.diversity_samples]
-                features = some if self.embedding is None else self.embedding.image_embedding(some)
+                features = some if self.embedding is None else self.embedding.embed_images(some)
             samples.diversity.append(float(pairwise_diversity(features)))
             samples.shown.append(images[: self.shown if images.ndim == 4 else None].float().cpu())
             if not base:
@@ -129,7 +130,7 @@ class TiltReport(Callback):
         lam = host.lam.lam
         exact = stratified([expectation(r, lam * r) for r in base.rewards])
         log_z = stratified([log_partition(w) for w in tuned.log_w])
-        sampler = _sampler(trainer)
+        sampler = find_sampler(host)
         report: dict[str, Any] = {
             "loss": type(host).__name__.removesuffix("Task"),
             "reward": type(host.reward).__name__,
@@ -172,18 +173,14 @@ def _mean(values: list[Tensor]) -> Estimate:
     return stratified([mean(v) for v in values])
 
 
-def _sampler(trainer: Trainer) -> Sampler:
-    (sampler,) = (c for c in trainer.callbacks if isinstance(c, Sampler))  # type: ignore[attr-defined]
-    return sampler
-
-
 def _prompts(trainer: Trainer) -> list[str | None]:
     """The validation prompts, each once, in order; [None] for a density."""
     loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
     found: dict[str | None, None] = {}
     for batch in loader:
         prompts, _ = prompts_of(batch)
-        found |= dict.fromkeys(prompts or [None])
+        for prompt in prompts or [None]:
+            found[prompt] = None
     return list(found)
 
 
@@ -193,7 +190,7 @@ def _decoded(host: Any, trajectory: Trajectory, micro_batch: int | None) -> Tens
 
 
 def _log_w(sampler: Sampler, host: Any, trajectory: Trajectory, micro_batch: int | None) -> Tensor:
-    """lam r - log dP_theta/dP_base: one base evaluation a state."""
+    """Lam r - log dP_theta/dP_base: one base evaluation a state."""
     chain = sampler.chain(host, count=False)
     ratios = []
     with torch.no_grad(), host.predictor.base() as base:
@@ -201,7 +198,8 @@ def _log_w(sampler: Sampler, host: Any, trajectory: Trajectory, micro_batch: int
             part = trajectory[i]
             condition = part.condition[part.index]
             ratios.append(chain.log_ratio(part, chain.mean(base, condition, sampler.guidance_scale)))
-    return host.lam.lam * trajectory.reward - torch.cat(ratios)
+    log_w: Tensor = host.lam.lam * trajectory.reward - torch.cat(ratios)
+    return log_w
 
 
 def _summary(report: dict[str, Any], folder: Path) -> str:

@@ -103,9 +103,7 @@ class TrajectorySampler(Sampler, Callback):
         evaluations = self.evaluations if count else Evaluations()
         return Chain(host.process, self.transition, host.process.grid(self.steps), evaluations, _network_context(host))
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the rollout of this batch, if one is due."""
         if not isinstance(pl_module, Loss):
             raise TypeError(
@@ -226,7 +224,7 @@ def prompts_of(batch: Any) -> tuple[Prompts, int]:
     if isinstance(batch, (list, tuple)) and all(isinstance(p, str) for p in batch) and len(batch) > 0:
         return list(batch), len(batch)
     raise TypeError(
-        f"a batch should be a list of prompts, a mapping with 'prompt', or a tensor of draws; it is {type(batch).__name__}"
+        f"a batch is a list of prompts, a mapping with 'prompt', or a tensor of draws, not {type(batch).__name__}"
     )
 
 

@@ -152,7 +152,7 @@ class Chain:
         return torch.stack(states), noise
 
     def log_ratio(self, trajectory: Trajectory, base_mean: Callable[[Tensor, int], Tensor]) -> Tensor:
-        """log dP/dP_base of the paths, sum_k (u_k . z_k + |u_k|^2 / 2), over the steps with noise.
+        """Log dP/dP_base of the paths, sum_k (u_k . z_k + |u_k|^2 / 2), over the steps with noise.
 
         Args:
             trajectory: paths of the law P; its means are recovered from its noise, m_k = X_{k+1} - std_k z_k.

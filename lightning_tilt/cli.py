@@ -3,16 +3,17 @@
 Four blocks: `model: data: sampler: trainer:`.  The model is any LightningModule that carries a loss, ours or yours.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 # Imported so that their short names resolve in YAML and on the command line.
 import lightning_tilt.callbacks
@@ -23,11 +24,30 @@ import lightning_tilt.models.stable_diffusion
 import lightning_tilt.models.stable_diffusion_3
 import lightning_tilt.rewards
 import lightning_tilt.tasks  # noqa: F401
-from lightning_tilt.callbacks import TrajectorySampler
+from lightning_tilt.callbacks import PredictionWriter, TrajectorySampler
+from lightning_tilt.cli_errors import one_line
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous
 
 __all__ = ["SaveRun", "TiltCLI", "main"]
+
+
+class TiltParser(LightningArgumentParser):
+    """A parser whose errors are one line; abbreviated options are misspelt ones."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2 and one line that names the culprit and the mend."""
+        if not self.exit_on_error:  # one of several attempts: the outer parser reports
+            super().error(message, ex)
+        subcommands = [
+            p for action in self._actions if isinstance(action.choices, dict) for p in action.choices.values()
+        ]
+        options = [o for parser in (self, *subcommands) for action in parser._actions for o in action.option_strings]
+        sys.stderr.write(f"lightning-tilt: error: {one_line(message, options)}\n")
+        raise SystemExit(2)
 
 
 class SaveRun(SaveConfigCallback):
@@ -54,10 +74,12 @@ class TiltCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
+            trainer_defaults={"callbacks": [PredictionWriter()]},
             save_config_callback=SaveRun,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
-            parser_kwargs={"description": __doc__},
+            parser_class=TiltParser,
+            parser_kwargs={"prog": "lightning-tilt", "description": "Tilt a diffusion or flow model with a reward."},
             args=args,
             run=run,
         )
@@ -79,7 +101,7 @@ class TiltCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on with them."""
-        if self.subcommand != "fit" or rank_zero_only.rank != 0 or self.config.fit.ckpt_path:
+        if self.subcommand != "fit" or _rank() != 0 or self.config.fit.ckpt_path:
             return
         kept = keep_previous(self.config.fit.trainer.default_root_dir)
         if kept is not None:
@@ -91,6 +113,11 @@ class TiltCLI(LightningCLI):
         if config.logger is None or config.logger is True:
             kwargs.setdefault("logger", RunLogger(config.default_root_dir))
         return super().instantiate_trainer(**kwargs)
+
+
+def _rank() -> int:
+    """This process's rank, known before there is a Trainer."""
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def _with_checkpoint_first(args: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ out of all three and still follows `.to(...)`.
 """
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -34,7 +34,7 @@ class Frozen(nn.Module, Generic[M]):
     def __init__(self, module: M) -> None:
         super().__init__()
         # The tuple hides the module from nn.Module's registration of children.
-        self._held: tuple[M] = (cast(M, module.requires_grad_(False).eval()),)
+        self._held: tuple[M] = (module.requires_grad_(False).eval(),)
 
     @property
     def module(self) -> M:
@@ -47,8 +47,8 @@ class Frozen(nn.Module, Generic[M]):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frozen[M]":
         # `.to`, `.cuda`, `.double` arrive here; buffers and parameters of the held network follow.
-        super()._apply(fn, recurse)
-        self.module._apply(fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.module._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> "Frozen[M]":

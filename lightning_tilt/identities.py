@@ -70,7 +70,7 @@ def mean(f: Tensor) -> Estimate:
 
 
 def log_partition(log_w: Tensor) -> Estimate:
-    """log Z from the log weights (n,) of independent paths, with the delta method's standard error."""
+    """Log Z from the log weights (n,) of independent paths, with the delta method's standard error."""
     log_w = log_w.double()
     n = log_w.numel()
     log_mean = float(torch.logsumexp(log_w, 0)) - math.log(n)

@@ -11,8 +11,9 @@ from lightning import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_tilt.identities import mean
-from lightning_tilt.interfaces import Predictor, Reward, Sampler
+from lightning_tilt.chain import slices
+from lightning_tilt.interfaces import Predictor, Reward, find_sampler
+from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
 from lightning_tilt.trajectory import Trajectory
 
@@ -53,27 +54,66 @@ class TiltModule(LightningModule):
             "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
         }
 
+    def on_validation_epoch_start(self) -> None:
+        """Forget the samples of the last validation."""
+        self._seen = _Seen()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the samples of the last test."""
+        self._seen = _Seen()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Mean reward of fresh samples of the current model, always from the same seeds."""
-        self._look(batch, batch_idx, "validate", "val")
+        """Sample the current model, always from the same seeds."""
+        self._look(batch, batch_idx, "validate")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """The same on the test prompts."""
-        self._look(batch, batch_idx, "test", "test")
+        self._look(batch, batch_idx, "test")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/reward`, its standard error `val/reward_se`, and `val/diversity`."""
+        self._report("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/reward`, its standard error `test/reward_se`, and `test/diversity`."""
+        self._report("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """Images of the current model: {"images": (N, ...), "prompts": list or None, "reward": (N,)}."""
+        """Images of the current model: {"images": (N, ...), "prompts": list or None, "reward": (N,)}, on the CPU."""
         trajectory = self._rollout(batch, batch_idx, "predict")
-        with torch.no_grad():
-            images = self.predictor.decode(trajectory.end)
-        return {"images": images.cpu(), "prompts": trajectory.prompts, "reward": trajectory.reward.cpu()}
+        return {
+            "images": self._decode(trajectory).cpu(),
+            "prompts": trajectory.prompts,
+            "reward": trajectory.reward.cpu(),
+        }
 
-    def _look(self, batch: Any, batch_idx: int, stream: Stream, name: str) -> None:
+    def _look(self, batch: Any, batch_idx: int, stream: Stream) -> None:
         trajectory = self._rollout(batch, batch_idx, stream)
-        estimate = mean(trajectory.reward)
-        n = len(trajectory)
-        self.log(f"{name}/reward", estimate.mean, prog_bar=True, batch_size=n, sync_dist=True)
+        self._seen.reward.to(self.device).update(trajectory.reward)
+        images = self._decode(trajectory)
+        group = trajectory.index if trajectory.prompts is not None else torch.zeros_like(trajectory.index)
+        for g in group.unique().tolist():
+            if int((group == g).sum()) > 1:
+                self._seen.diversity.to(self.device).update(images[group == g])
+
+    def _report(self, name: str) -> None:
+        estimate = self._seen.reward.compute()
+        values = {f"{name}/reward": estimate["mean"], f"{name}/reward_se": estimate["se"]}
+        if self._seen.diversity.update_called:
+            values[f"{name}/diversity"] = self._seen.diversity.compute()
+        self.log_dict(values)
+
+    def _decode(self, trajectory: Trajectory) -> Tensor:
+        cuts = slices(len(trajectory), find_sampler(self).reward_micro_batch)
+        with torch.no_grad():
+            return torch.cat([self.predictor.decode(trajectory.end[i]) for i in cuts])
 
     def _rollout(self, batch: Any, batch_idx: int, stream: Stream) -> Trajectory:
-        (sampler,) = (c for c in self.trainer.callbacks if isinstance(c, Sampler))  # type: ignore[attr-defined]
-        return sampler.rollout(self, batch, stream=stream, number=batch_idx)
+        return find_sampler(self).rollout(self, batch, stream=stream, number=batch_idx)
+
+
+class _Seen:
+    """What a validation has seen so far."""
+
+    def __init__(self) -> None:
+        self.reward, self.diversity = MeanWithError(), PairwiseDiversity()

@@ -103,7 +103,7 @@ class Trajectory:
         if not 0 <= first < last <= self.steps:
             raise IndexError(f"between({first}, {last}) of a trajectory of {self.steps} steps")
         t, states = self.t[first : last + 1], self.states[first : last + 1]
-        dropped = dict.fromkeys(("log_w", "supervised", "adjoint", "base_mean"))
+        dropped: dict[str, Any] = dict.fromkeys(("log_w", "supervised", "adjoint", "base_mean"))
         return replace(self, t=t, states=states, noise=self.noise[first:last], **dropped)
 
     def to(self, *args: Any, **kwargs: Any) -> "Trajectory":

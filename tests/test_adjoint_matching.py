@@ -6,8 +6,8 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from toys import AffineControl, PromptedNet, SumReward, gaussian, one_update
 from torch import Tensor
+from toys import AffineControl, PromptedNet, SumReward, gaussian, one_update
 
 from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.identities import log_partition
@@ -53,7 +53,7 @@ def test_lean_adjoint_is_the_gradient_through_the_chain_with_its_innovations_hel
     assert path.supervised.tolist() == list(range(9))
 
 
-def GaussianMixturePredictorWithNet(mixture: object) -> object:  # noqa: N802
+def GaussianMixturePredictorWithNet(mixture: object) -> object:
     from lightning_tilt.models import NeuralTilt
 
     torch.manual_seed(1)
@@ -138,7 +138,7 @@ def test_gradient_equals_a_naive_loop() -> None:
     torch.manual_seed(3)
     net = PromptedNet(RectifiedFlow())
     net.network[2].weight.data += 0.3
-    task, path, gradient = one_update(
+    _task, path, gradient = one_update(
         net, SumReward(), ["one", "seven"], 5, lam=2.0, sampler={"guidance_scale": 2.0}, unconditional_gradient=True
     )
     steps, t, total = 5, path.t, torch.zeros((), dtype=torch.float64)
@@ -185,7 +185,12 @@ def test_sweep_stops_at_the_smallest_step_and_evaluations_are_counted() -> None:
     for guidance, per_call in ((1.0, 1), (3.0, 2)):
         _, path = _net_update(guidance=guidance, supervised_steps=2)
         task, path, _ = one_update(
-            PromptedNet(RectifiedFlow()), SumReward(), ["a", "b"], 6, sampler={"guidance_scale": guidance}, supervised_steps=2
+            PromptedNet(RectifiedFlow()),
+            SumReward(),
+            ["a", "b"],
+            6,
+            sampler={"guidance_scale": guidance},
+            supervised_steps=2,
         )
         first, n, e = int(path.supervised[0]), len(path), task.sampler.evaluations
         assert e.pairs == 2 * n
@@ -219,7 +224,7 @@ def test_step_weights_leave_the_fixed_point_where_it_is(weight: str) -> None:
     steps = 10
     chain, tilt = _oracle("vp", steps)
     predictor = AffineControl(gaussian(MU, V, PROCESSES["vp"]), steps, oracles.best_control(chain, tilt))
-    _, path, gradient = one_update(predictor, _reward(), torch.zeros(20_000), steps, lam=LAM, step_weight=weight)
+    _, _path, gradient = one_update(predictor, _reward(), torch.zeros(20_000), steps, lam=LAM, step_weight=weight)
     _, _, plain = one_update(predictor, _reward(), torch.zeros(20_000), steps, lam=LAM)
     ratio = gradient["predictor.control"][:-1] / plain["predictor.control"][:-1]
     # A positive factor a step, the same for both parameters of the step, and not the same for all steps.
@@ -267,7 +272,13 @@ def test_drawn_steps_are_fresh_each_rollout_and_include_the_last_ones() -> None:
     seen = set()
     for seed in range(6):
         _, path, _ = one_update(
-            PromptedNet(RectifiedFlow()), SumReward(), ["a"], 12, supervised_steps=2, last_steps=3, sampler={"seed": seed}
+            PromptedNet(RectifiedFlow()),
+            SumReward(),
+            ["a"],
+            12,
+            supervised_steps=2,
+            last_steps=3,
+            sampler={"seed": seed},
         )
         steps = path.supervised.tolist()
         assert steps[-3:] == [8, 9, 10] and len(steps) == 5 and steps == sorted(set(steps))
@@ -280,7 +291,9 @@ def test_mean_over_drawn_steps_is_unbiased_for_the_mean_over_all() -> None:
     torch.manual_seed(3)
     net = PromptedNet(RectifiedFlow())
     net.network[2].weight.data += 0.3
-    task, path, _ = one_update(net, SumReward(), ["one", "three", "seven"], 6, lam=2.0, sampler={"samples_per_condition": 3})
+    task, path, _ = one_update(
+        net, SumReward(), ["one", "three", "seven"], 6, lam=2.0, sampler={"samples_per_condition": 3}
+    )
     losses = []
     for i in range(5):
         for j in range(i + 1, 5):

@@ -121,8 +121,13 @@ def one_update(
 ) -> tuple[AdjointMatchingTask, Any, dict[str, Tensor]]:  # fmt: skip
     """One rollout and its gradient, without moving anything."""
     task = AdjointMatchingTask(
-        predictor=predictor, reward=reward, optimizer=lambda p: torch.optim.SGD(p, lr=0.0), **({"checkpoint": False} | loss)
+        predictor=predictor,
+        reward=reward,
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        **({"checkpoint": False} | loss),
     ).to(dtype)
-    callback = TrajectorySampler(**({"steps": steps, "samples_per_condition": 1, "transition": DDIM()} | (sampler or {})))
+    callback = TrajectorySampler(
+        **({"steps": steps, "samples_per_condition": 1, "transition": DDIM()} | (sampler or {}))
+    )
     recorder = fit(task, callback, [batch])
     return task, recorder.trajectories[0], recorder.gradients[0]

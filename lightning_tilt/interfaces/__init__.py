@@ -5,8 +5,19 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 
 from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.interfaces.loss import LamSchedule, Loss
-from lightning_tilt.interfaces.predictor import Predictor
-from lightning_tilt.interfaces.reward import Reward
-from lightning_tilt.interfaces.sampler import Sampler
+from lightning_tilt.interfaces.predictor import ExportablePredictor, Predictor
+from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
+from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 
-__all__ = ["Condition", "LamSchedule", "Loss", "Predictor", "Prompts", "Reward", "Sampler"]
+__all__ = [
+    "Condition",
+    "ExportablePredictor",
+    "ImageEmbedding",
+    "LamSchedule",
+    "Loss",
+    "Predictor",
+    "Prompts",
+    "Reward",
+    "Sampler",
+    "find_sampler",
+]

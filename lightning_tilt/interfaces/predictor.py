@@ -6,6 +6,7 @@ Time runs from noise `t = 0` to data `t = 1`; a predictor that speaks timesteps 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.process import PredictionType, Process
 
-__all__ = ["Predictor"]
+__all__ = ["ExportablePredictor", "Predictor"]
+
 
 class Predictor(nn.Module, ABC):
     """What predicts: a closed form, a small network, Stable Diffusion.
@@ -36,7 +38,7 @@ class Predictor(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(_forgive_frozen)
+        self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
 
     @abstractmethod
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
@@ -76,6 +78,14 @@ class Predictor(nn.Module, ABC):
         for key in [k for k in state if k.startswith(prefix) and k[len(prefix) :] not in trained]:
             del state[key]
         return state
+
+
+class ExportablePredictor(Predictor):
+    """A predictor whose trained weights have a file format that others read."""
+
+    @abstractmethod
+    def save(self, folder: str | Path) -> None:
+        """Write what was trained into `folder`."""
 
 
 def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:

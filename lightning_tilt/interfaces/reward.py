@@ -9,7 +9,15 @@ from torchmetrics import Metric
 
 from lightning_tilt.condition import Prompts
 
-__all__ = ["Reward"]
+__all__ = ["ImageEmbedding", "Reward"]
+
+
+class ImageEmbedding(ABC):
+    """What embeds images, so that their diversity can be measured in its space."""
+
+    @abstractmethod
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings (B, D) of images in [0, 1] (B, 3, H, W)."""
 
 
 class Reward(Metric, ABC):
@@ -32,9 +40,9 @@ class Reward(Metric, ABC):
         tensor(1.)
     """
 
-    is_differentiable: ClassVar[bool] = True
-    higher_is_better: ClassVar[bool] = True
-    full_state_update: ClassVar[bool] = False
+    is_differentiable = True
+    higher_is_better = True
+    full_state_update = False
     needs_prompts: ClassVar[bool] = False
 
     total: Tensor

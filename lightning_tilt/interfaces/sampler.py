@@ -3,13 +3,15 @@
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from lightning import Callback, LightningModule
+
 from lightning_tilt.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from lightning_tilt.chain import Chain, Evaluations
     from lightning_tilt.noise import Stream
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "find_sampler"]
 
 
 class Sampler(ABC):
@@ -19,17 +21,25 @@ class Sampler(ABC):
         seed: the key of all its draws.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
-        memoryless: whether the transitions are the memoryless ones.
+        reward_micro_batch: samples decoded and scored at once; None: all.
         evaluations: network evaluations of training so far.
-        weighted: whether the base makes the steps of std = 0, so that path weights mean something.
     """
 
     seed: int
     guidance_scale: float
     samples_per_condition: int
-    memoryless: bool
-    weighted: bool
+    reward_micro_batch: int | None
     evaluations: "Evaluations"
+
+    @property
+    @abstractmethod
+    def memoryless(self) -> bool:
+        """Whether the transitions are the memoryless ones."""
+
+    @property
+    @abstractmethod
+    def weighted(self) -> bool:
+        """Whether the base makes the steps of std = 0, so that path weights mean something."""
 
     @property
     @abstractmethod
@@ -53,3 +63,19 @@ class Sampler(ABC):
         samples_per_condition: int | None = None,
     ) -> Trajectory:
         """Roll out the current model (or its base) on a batch of prompts and score the end points once."""
+
+
+def find_sampler(host: LightningModule) -> Sampler:
+    """The one sampler among the callbacks of the host's Trainer.
+
+    Raises:
+        RuntimeError: if there is none, or several.
+    """
+    callbacks: list[Callback] = host.trainer.callbacks  # type: ignore[attr-defined]
+    samplers = [c for c in callbacks if isinstance(c, Sampler)]
+    if len(samplers) != 1:
+        raise RuntimeError(
+            f"{type(host).__name__} needs one TrajectorySampler among the Trainer's callbacks and found "
+            f"{len(samplers)}: Trainer(callbacks=[lightning_tilt.TrajectorySampler(...)])"
+        )
+    return samplers[0]

@@ -5,7 +5,7 @@
 with f the features of n samples: an embedding, pixels, or the states of a density.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,9 +35,9 @@ class PairwiseDiversity(Metric):
         tensor(2.)
     """
 
-    is_differentiable: ClassVar[bool] = True
-    higher_is_better: ClassVar[bool] = True
-    full_state_update: ClassVar[bool] = False
+    is_differentiable = True
+    higher_is_better = True
+    full_state_update = False
 
     total: Tensor
     groups: Tensor

@@ -1,7 +1,7 @@
 """A mean with its standard error."""
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ class MeanWithError(Metric):
         {'mean': 2.5, 'se': 0.6455}
     """
 
-    is_differentiable: ClassVar[bool] = False
-    full_state_update: ClassVar[bool] = False
+    is_differentiable = False
+    full_state_update = False
 
     moments: Tensor
 

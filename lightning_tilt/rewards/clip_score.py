@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_tilt.assets import folder
 from lightning_tilt.frozen import Frozen
-from lightning_tilt.interfaces import Prompts, Reward
+from lightning_tilt.interfaces import ImageEmbedding, Prompts, Reward
 from lightning_tilt.rewards.checks import mend_missing, one_prompt_an_image
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 
@@ -24,7 +24,7 @@ __all__ = ["CLIPScore"]
 _CACHED_PROMPTS = 4096  # 16 MB at 1024 dimensions
 
 
-class CLIPScore(Reward):
+class CLIPScore(Reward, ImageEmbedding):
     """Cosine of image and prompt in a CLIP's common space.
 
     Args:

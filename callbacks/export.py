@@ -1,0 +1,37 @@
+"""`ExportWeights`: what was tuned, for users of diffusers alone."""
+
+from pathlib import Path
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from ..interfaces import ExportablePredictor
+
+__all__ = ["ExportWeights"]
+
+
+class ExportWeights(Callback):
+    """At the end of a fit write the tuned weights into the run's folder, as the predictor's `save` does.
+
+    Args:
+        folder: name in the run's folder: "lora" for adapters, which `DiffusionPipeline.load_lora_weights` takes.
+    """
+
+    def __init__(self, folder: str = "lora") -> None:
+        super().__init__()
+        self.folder = folder
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse, before anything is computed, a predictor that has no format of its own."""
+        if not isinstance(pl_module.predictor, ExportablePredictor):
+            raise TypeError(
+                f"ExportWeights: {type(pl_module.predictor).__name__} has no save(folder); remove the callback: the "
+                "checkpoint holds what was trained"
+            )
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the weights."""
+        folder = Path(trainer.default_root_dir) / self.folder
+        pl_module.predictor.save(folder)  # type: ignore[operator, union-attr]
+        rank_zero_info(f"ExportWeights: {folder}")

@@ -1,0 +1,69 @@
+"""`PredictionWriter`: what `lightning-tilt predict` leaves in `predictions/`: images, a grid, and a table."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+from .pictures import image_grid
+
+__all__ = ["PredictionWriter"]
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write `00000.png ...`, `grid.png` (a row a prompt) and `samples.csv`; states of a density as `samples.npy`.
+
+    Args:
+        folder: name in the run's folder.
+    """
+
+    def __init__(self, folder: str = "predictions") -> None:
+        super().__init__(write_interval="batch")
+        self.folder = folder
+        self._images: list[Tensor] = []
+        self._rows: list[tuple[str, str, float]] = []
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write the images of one batch."""
+        folder = self._folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        images, prompts = prediction["images"], prediction["prompts"]
+        for i, (image, reward) in enumerate(zip(images, prediction["reward"].tolist(), strict=True)):
+            name = f"{len(self._rows):05d}.png" if image.ndim == 3 else str(len(self._rows))
+            if image.ndim == 3:
+                image_grid(folder / name, image[None], columns=1, gap=0)
+            self._rows.append((name, "" if prompts is None else prompts[i], reward))
+        self._images.append(images)
+
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the grid and the table."""
+        if not self._images:
+            return
+        folder, images = self._folder(trainer), torch.cat(self._images)
+        if images.ndim == 4:
+            row = next((i for i, r in enumerate(self._rows) if r[1] != self._rows[0][1]), len(self._rows))
+            image_grid(folder / "grid.png", images, columns=min(row, 16))
+        else:
+            np.save(folder / "samples.npy", images.numpy())
+        with (folder / "samples.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("sample", "prompt", "reward"), *self._rows])
+        self._images, self._rows = [], []
+
+    def _folder(self, trainer: Trainer) -> Path:
+        name = self.folder if trainer.world_size == 1 else f"{self.folder}_{trainer.global_rank}"
+        return Path(trainer.default_root_dir) / name

@@ -1,0 +1,79 @@
+"""One line for a mistake on the command line or in a YAML: the culprit, what was wrong, the nearest valid names.
+
+jsonargparse reports a mistake deep inside `model` as a tree of attempts, one for every type it tried, with the key in
+its last lines.  Read here, the tree gives the path of keys, the class at its end, and the reason.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["one_line"]
+
+_KEY = re.compile(r'^\s*(?:- )?(?:error: )?Parser key "([^"]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_OPTION = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
+_NAME = re.compile(r"Expected a dot import path string: (\S+)")
+_UNRECOGNISED = re.compile(r"[Uu]nrecognized arguments: (\S+)|does not accept option '([^']+)'")
+_ROOMS = ("tasks", "rewards", "data", "callbacks", "models", "models.neural", "models.closed_form", "transition")
+
+
+def one_line(message: str, options: Iterable[str]) -> str:
+    """Condense jsonargparse's report of a mistake.
+
+    Args:
+        message: what the parser would print.
+        options: the option strings it knows.
+
+    Returns:
+        One line; the last reason of the report where it is of no known kind.
+    """
+    unknown = _UNRECOGNISED.search(message)
+    if unknown:
+        given = (unknown[1] or "--" + unknown[2]).split("=")[0]
+        return f"{given} is not an option{_nearest(given, options)}"
+    keys = [m[1] for line in message.splitlines() if (m := _KEY.match(line))]
+    where = "--" + ".".join(keys) if keys else "the configuration"
+    option, name, owner = _OPTION.search(message), _NAME.search(message), None
+    for match in _CLASS.finditer(message, 0, option.start() if option else len(message)):
+        owner = match[1]
+    if option:
+        wrong = option[1] or option[2]
+        known = _parameters(owner) if owner else [o.removeprefix("--") for o in options]
+        of = owner.rpartition(".")[2] if owner else "it"
+        return f"{where}: {of} does not take {wrong!r}{_nearest(wrong, known)}"
+    if name:
+        near = get_close_matches(name[1], _class_names(), n=3, cutoff=0.6)
+        if not near:
+            return f"{where}: {name[1]!r} is neither a valid value nor the path of a class that can be imported"
+        return f"{where}: no class is called {name[1]!r}; did you mean {' or '.join(near)}?"
+    reasons = [line.strip(" -") for line in message.splitlines() if line.strip() and "NoneType" not in line]
+    reasons = [r for r in reasons if not r.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
+    return f"{where}: {reasons[-1]}" if reasons and keys else " ".join(message.split())
+
+
+def _nearest(wrong: str, known: Iterable[str]) -> str:
+    known = sorted(set(known))
+    near = get_close_matches(wrong, known, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; it takes {', '.join(known)}" if 0 < len(known) <= 40 else ""
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    owner = vars(importlib.import_module(module)).get(name) if module else None
+    if owner is None and module:
+        owner = importlib.import_module(module).__getattr__(name)
+    found: list[str] = []
+    for base in inspect.getmro(owner) if inspect.isclass(owner) else ():
+        if "__init__" in vars(base) and base.__module__.startswith(owner.__module__.split(".")[0]):
+            kinds = inspect.signature(vars(base)["__init__"]).parameters.values()
+            found += [p.name for p in kinds if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return [n for n in dict.fromkeys(found) if n != "self"]
+
+
+def _class_names() -> list[str]:
+    return [n for room in _ROOMS for n in importlib.import_module(f"lightning_tilt.{room}").__all__ if n[0].isupper()]
