@@ -7,7 +7,7 @@
 | `digits-clip`      | a CLIP                              | `transformers.CLIPModel`, `transformers.CLIPTokenizer`   |
 | `digit-classifier` | a smooth classifier                 | `lightning_tilt.models.digit_cnn.DigitCNN`               |
 
-Weights are float16 on the disk; say `torch_dtype=torch.float32` (transformers: `dtype=`) for work on a CPU.
+Weights are float16 on the disk; say `.to(torch.float32)` after loading for work on a CPU.
 """
 
 from __future__ import annotations

