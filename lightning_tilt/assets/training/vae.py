@@ -83,6 +83,7 @@ def load_vae(cache: Path, kind: str = "sd15") -> AutoencoderKL:
     if not (cache / "config.json").exists():
         raise FileNotFoundError(f"No autoencoder in {cache}: run `python -m lightning_tilt.assets.training vae` first.")
     vae: AutoencoderKL = AutoencoderKL.from_pretrained(cache).eval().requires_grad_(False)
+    vae.register_to_config(_name_or_path="autoencoder")  # not where it lay while this machine trained it
     if kind == "sd3":
         moments = json.loads((cache / "figures.json").read_text())
         vae.register_to_config(scaling_factor=round(1 / moments["std"], 4), shift_factor=round(moments["mean"], 4))
