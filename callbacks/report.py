@@ -179,8 +179,7 @@ def _prompts(trainer: Trainer) -> list[str | None]:
     found: dict[str | None, None] = {}
     for batch in loader:
         prompts, _ = prompts_of(batch)
-        for prompt in prompts or [None]:
-            found[prompt] = None
+        found.update((prompt, None) for prompt in (prompts or [None]))  # type: ignore[list-item]
     return list(found)
 
 

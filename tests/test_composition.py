@@ -7,6 +7,7 @@ import lightning
 import pytest
 import torch
 from lightning import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toys import PromptedNet, Recorder, SumReward, fit, trainer
@@ -69,7 +70,7 @@ def weights(module: Any) -> dict[str, Tensor]:
 def test_mixin_in_an_existing_module_trains_it_and_leaves_its_hooks_alone() -> None:
     module = Mine(width=5, lam=2.0)
     before = weights(module)
-    run = trainer([sampler()], max_steps=4)
+    run = trainer([sampler(), keep], max_steps=4, enable_checkpointing=True)
     run.fit(module, DataLoader(BATCHES, batch_size=None), DataLoader(range(3), batch_size=None))
     assert module.validated >= 3 and module.head.in_features == 5
     assert isinstance(run.optimizers[0], torch.optim.AdamW)
@@ -250,12 +251,12 @@ def test_batch_without_one_good_sample_moves_nothing_not_even_by_momentum() -> N
 def test_checkpoint_holds_what_was_trained_and_resumes(tmp_path: Any) -> None:
     straight, first, resumed = (task(optimizer=lambda p: torch.optim.Adam(p, lr=0.05)) for _ in range(3))
     fit(straight, sampler(), BATCHES)
-    run = trainer([sampler()], max_steps=2)
+    keep = ModelCheckpoint(tmp_path, filename="a", every_n_train_steps=2)
+    run = trainer([sampler(), keep], max_steps=3, enable_checkpointing=True)
     run.fit(first, Loader(dataset=BATCHES, batch_size=None))
-    first.trainer.save_checkpoint(tmp_path / "a.ckpt")
     saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
     assert set(saved["state_dict"]) == {f"predictor.{n}" for n in weights(first)}
-    run = trainer([sampler(), Recorder()], max_steps=4)
+    run = trainer([sampler(), keep], max_steps=4, enable_checkpointing=True)
     run.fit(resumed, Loader(dataset=BATCHES, batch_size=None), ckpt_path=tmp_path / "a.ckpt")
     for name, value in weights(straight).items():
         torch.testing.assert_close(weights(resumed)[name], value, rtol=0, atol=0)
