@@ -3,8 +3,10 @@
 Four blocks: `model: data: sampler: trainer:`.  The model is any LightningModule that carries a loss, ours or yours.
 """
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -135,9 +137,20 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
     return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
 
 
+def _quieter() -> None:
+    """Keep other people's advice out of the terminal: nothing a user of this command could act on."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Lightning 2.6 under torch 2.13, upstream
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # an advertisement of the Trainer's
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """The console script; own rewards and modules are found in the working directory."""
     sys.path.insert(0, str(Path.cwd()))
+    _quieter()
     TiltCLI(None if args is None else list(args))
 
 

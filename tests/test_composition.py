@@ -123,12 +123,15 @@ def test_transitions_that_are_not_memoryless_are_refused_unless_asked(transition
         fit(task(allow_non_memoryless=True), sampler(transition=transition), BATCHES[:1])
 
 
-def test_start_that_still_knows_the_data_is_warned_about() -> None:
+def test_start_that_still_knows_the_data_is_said(caplog: pytest.LogCaptureFixture) -> None:
     """SD 1.5's betas leave corr(X_0, X_1) > 0 whatever the transition; the mend is zero_terminal_snr."""
-    predictor = PromptedNet(VariancePreserving.from_betas())
-    predictor.prediction_type = "v_prediction"
-    with pytest.warns(UserWarning, match="zero_terminal_snr"):
-        trainer([sampler()]).fit(task(predictor=predictor), DataLoader(BATCHES[:1], batch_size=None))
+    for zero, said in ((False, True), (True, False)):
+        predictor = PromptedNet(VariancePreserving.from_betas(zero_terminal_snr=zero))
+        predictor.prediction_type = "v_prediction"
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            fit(task(predictor=predictor), sampler(), BATCHES[:1])
+        assert ("zero_terminal_snr: true has no such bias" in caplog.text) == said
 
 
 def test_gradient_clip_val_clips() -> None:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_tilt.identities import ess
@@ -129,7 +129,7 @@ class Loss(ABC):
                 "not. Use DDIM with ddim_eta: 1, or say allow_non_memoryless: true."
             )
         if self.needs_memoryless and not self.process.is_memoryless_start and not self.allow_non_memoryless:
-            rank_zero_warn(
+            rank_zero_info(
                 f"{type(self.process).__name__} starts at alpha_0 > 0: X_0 still knows a little of the data, and the "
                 "tilt of what it knows is lost (SD 1.5: a correlation of .02 - .15). A predictor with "
                 "zero_terminal_snr: true has no such bias; allow_non_memoryless: true accepts it silently."
