@@ -115,7 +115,7 @@ def test_it_survives_a_pickle(load: Any) -> None:
     again = pickle.loads(pickle.dumps(predictor))
     torch.testing.assert_close(again.predict(x, t, condition), predictor.predict(x, t, condition))
     with again.base():
-        assert not again.network.training
+        assert again.network.training and not again.vae.module.training
 
 
 @pytest.mark.parametrize(

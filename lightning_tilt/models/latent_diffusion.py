@@ -97,7 +97,7 @@ class LatentDiffusion(ExportablePredictor):
             path, self.pipeline_class, dtypes, without=without, variant=variant, revision=revision
         )
         parts = self._pipeline.components
-        self.network = parts[self.denoiser]
+        self.network = parts[self.denoiser].train()  # the pipeline comes in eval mode; this part is what a fit trains
         self.vae: Frozen[Any] = Frozen(parts["vae"])
         self.encoders = nn.ModuleList(Frozen(parts[name]) for name in self.text_encoders if parts[name] is not None)
         self.state_shape = self._shape(height, width)
