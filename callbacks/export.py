@@ -6,6 +6,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..interfaces import ExportablePredictor
+from ..run_folder import set_aside
 
 __all__ = ["ExportWeights"]
 
@@ -33,5 +34,6 @@ class ExportWeights(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the weights."""
         folder = Path(trainer.default_root_dir) / self.folder
+        set_aside(folder)
         pl_module.predictor.save(folder)  # type: ignore[operator, union-attr]
         rank_zero_info(f"ExportWeights: {folder}")

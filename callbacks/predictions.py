@@ -11,6 +11,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from ..run_folder import set_aside
 from .pictures import image_grid
 
 __all__ = ["PredictionWriter"]
@@ -28,6 +29,10 @@ class PredictionWriter(BasePredictionWriter):
         self.folder = folder
         self._images: list[Tensor] = []
         self._rows: list[tuple[str, str, float]] = []
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep an earlier prediction under the next free number: its images must not mix with these."""
+        set_aside(self._folder(trainer))
 
     def write_on_batch_end(
         self,

@@ -22,7 +22,7 @@ from ..chain import slices
 from ..identities import Estimate, expectation, log_partition, mean, stratified
 from ..interfaces import ImageEmbedding, Reward, Sampler, find_sampler
 from ..metrics import pairwise_diversity
-from ..run_folder import write_json
+from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
 from .pictures import before_after, curves, reward_histogram
 from .sampler import prompts_of
@@ -138,6 +138,7 @@ class TiltReport(Callback):
             "reward_base": _mean(base.rewards).as_dict(),
             "reward_tuned": _mean(tuned.rewards).as_dict(),
             "reward_exact": {**exact.as_dict(), "ess": exact.ess},
+            "reward_base_std": float(torch.cat(base.rewards).std()),
             "diversity_base": sum(base.diversity) / len(base.diversity),
             "diversity_tuned": sum(tuned.diversity) / len(tuned.diversity),
         }
@@ -162,6 +163,8 @@ class TiltReport(Callback):
             report["density"] = self.density
         folder = Path(trainer.default_root_dir)
         write_json(folder / "report.json", report)
+        for name in ("before_after.png", "reward_histogram.png", "curves.png"):
+            set_aside(folder / name)
         before_after(folder / "before_after.png", _prompts(trainer), base.shown, tuned.shown)
         reward_histogram(folder / "reward_histogram.png", base.rewards, tuned.rewards, lam)
         if (folder / "metrics.csv").exists():

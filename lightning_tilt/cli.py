@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 # Imported so that their short names resolve in YAML and on the command line.
 import lightning_tilt.callbacks
@@ -27,9 +27,9 @@ import lightning_tilt.models.stable_diffusion_3
 import lightning_tilt.rewards
 import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import PredictionWriter, TrajectorySampler
-from lightning_tilt.cli_errors import one_line
+from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
-from lightning_tilt.run_folder import keep_previous
+from lightning_tilt.run_folder import keep_previous, set_aside
 
 __all__ = ["SaveRun", "TiltCLI", "main"]
 
@@ -54,6 +54,15 @@ class TiltParser(LightningArgumentParser):
 
 class SaveRun(SaveConfigCallback):
     """Save the resolved configuration in the run's folder, and the model's part of it in every checkpoint."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Save it for a fit, and beside the earlier one where a run is resumed."""
+        folder = trainer.log_dir
+        if stage != "fit" or folder is None:
+            return
+        if trainer.is_global_zero and not self.already_saved:
+            set_aside(Path(folder) / "config.yaml")
+        super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plain class paths and arguments: `load_from_checkpoint` and `--ckpt_path` rebuild the model from them."""
@@ -101,9 +110,10 @@ class TiltCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
 
-    def before_instantiate_classes(self) -> None:
+    @rank_zero_only
+    def before_fit(self) -> None:
         """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on with them."""
-        if self.subcommand != "fit" or _rank() != 0 or self.config.fit.ckpt_path:
+        if self.config.fit.ckpt_path:
             return
         kept = keep_previous(self.config.fit.trainer.default_root_dir)
         if kept is not None:
@@ -115,11 +125,6 @@ class TiltCLI(LightningCLI):
         if config.logger is None or config.logger is True:
             kwargs.setdefault("logger", RunLogger(config.default_root_dir))
         return super().instantiate_trainer(**kwargs)
-
-
-def _rank() -> int:
-    """This process's rank, known before there is a Trainer."""
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")))
 
 
 def _with_checkpoint_first(args: list[str]) -> list[str]:
@@ -148,10 +153,21 @@ def _quieter() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The console script; own rewards and modules are found in the working directory."""
+    """The console script; own rewards and modules are found in the working directory.
+
+    A mistake that the user can mend is one line and exit status 1 (2 on the command line or in a YAML);
+    `LIGHTNING_TILT_DEBUG=1` shows its traceback.
+    """
     sys.path.insert(0, str(Path.cwd()))
     _quieter()
-    TiltCLI(None if args is None else list(args))
+    try:
+        TiltCLI(None if args is None else list(args))
+    except Exception as error:
+        line = users_mistake(error)
+        if line is None or os.environ.get("LIGHTNING_TILT_DEBUG", "0") != "0":
+            raise
+        sys.stderr.write(f"lightning-tilt: error: {line}\n")
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

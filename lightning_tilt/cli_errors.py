@@ -2,21 +2,26 @@
 
 jsonargparse reports a mistake deep inside `model` as a tree of attempts, one for every type it tried, with the key in
 its last lines.  Read here, the tree gives the path of keys, the class at its end, and the reason.
+
+A mistake that shows only later (an empty prompt file, a reward that is not finite) arrives as an exception that this
+package raised on purpose, perhaps inside others: its message is the line.
 """
 
+import dis
 import importlib
 import inspect
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-__all__ = ["one_line"]
+__all__ = ["one_line", "users_mistake"]
 
 _KEY = re.compile(r'^\s*(?:- )?(?:error: )?Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
 _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _UNRECOGNISED = re.compile(r"[Uu]nrecognized arguments: (\S+)|does not accept option '([^']+)'")
+_OWNER = re.compile(r"Option '[^']+' is not accepted\. Got value: Namespace\(class_path='([^']+)'")
 _ROOMS = ("tasks", "rewards", "data", "callbacks", "models", "models.neural", "models.closed_form", "transition")
 
 
@@ -39,6 +44,8 @@ def one_line(message: str, options: Iterable[str]) -> str:
     option, name, owner = _OPTION.search(message), _NAME.search(message), None
     for match in _CLASS.finditer(message, 0, option.start() if option else len(message)):
         owner = match[1]
+    if made := _OWNER.search(message):  # of an optimiser, which is made later, the message names only the value
+        owner = made[1]
     if option:
         wrong = option[1] or option[2]
         known = _parameters(owner) if owner else [o.removeprefix("--") for o in options]
@@ -51,7 +58,34 @@ def one_line(message: str, options: Iterable[str]) -> str:
         return f"{where}: no class is called {name[1]!r}; did you mean {' or '.join(near)}?"
     reasons = [line.strip(" -") for line in message.splitlines() if line.strip() and "NoneType" not in line]
     reasons = [r for r in reasons if not r.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
-    return f"{where}: {reasons[-1]}" if reasons and keys else " ".join(message.split())
+    return f"{where}: {_KEY.sub('', reasons[-1]).lstrip(': ')}" if reasons and keys else " ".join(message.split())
+
+
+def users_mistake(error: BaseException) -> str | None:
+    """The message of a mistake that the user can mend, or None for what is a defect and needs its traceback.
+
+    Args:
+        error: what was raised; the causes behind it are looked through too.
+
+    Returns:
+        One line: of the first exception that a `raise` of this package made, or of a file that is missing.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, FileNotFoundError) or _raised_here(cause):
+            return " ".join(str(cause).split())
+        cause = cause.__cause__
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether a `raise` statement of this package made it, and not an expression that went wrong."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("lightning_tilt."):
+        return False
+    return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 
 
 def _nearest(wrong: str, known: Iterable[str]) -> str:

@@ -1,29 +1,29 @@
 """The run's folder (`trainer.default_root_dir`): everything of a run is in it, and nothing in it is ever overwritten.
 
 A new run in a used folder first moves what the earlier one left into `previous/001/`, `previous/002/`, ...; a resumed
-run goes on with it.
+run goes on with it, and what it writes anew leaves the earlier one as `report.1.json`, `report.2.json`, ...
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN_OUTPUTS", "keep_previous", "next_free", "write_json"]
+__all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json"]
 
 RUN_OUTPUTS = (
     "config.yaml",
     "metrics.csv",
     "report.json",
-    "report.*.json",
     "checkpoints",
     "lora",
     "weights",
     "predictions",
+    "predictions_[0-9]*",
     "before_after.png",
     "curves.png",
     "reward_histogram.png",
 )
-"""What a run writes; nothing else in the folder is touched."""
+"""What a run writes, also under a number (`report.1.json`); nothing else in the folder is touched."""
 
 
 def keep_previous(folder: str | Path) -> Path | None:
@@ -36,7 +36,8 @@ def keep_previous(folder: str | Path) -> Path | None:
         Where they are now, or None if there were none.
     """
     folder = Path(folder)
-    found = sorted(path for pattern in RUN_OUTPUTS for path in folder.glob(pattern))
+    patterns = [p for name in map(Path, RUN_OUTPUTS) for p in (name.name, f"{name.stem}.[0-9]*{name.suffix}")]
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not found:
         return None
     count = 1
@@ -48,12 +49,14 @@ def keep_previous(folder: str | Path) -> Path | None:
     return kept
 
 
-def next_free(path: Path) -> Path:
-    """The first of `report.1.json`, `report.2.json`, ... that is not taken."""
+def set_aside(path: str | Path) -> None:
+    """Rename a file or folder to the first of `report.1.json`, `report.2.json`, ... that is not taken, if it exists."""
+    path = Path(path)
     count = 1
     while (free := path.with_name(f"{path.stem}.{count}{path.suffix}")).exists():
         count += 1
-    return free
+    if path.exists():
+        path.rename(free)
 
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
@@ -62,6 +65,5 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
     draft.write_text(json.dumps(content, indent=2) + "\n")
-    if path.exists():
-        path.rename(next_free(path))
+    set_aside(path)
     draft.replace(path)
