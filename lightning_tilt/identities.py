@@ -58,7 +58,8 @@ def ess(log_w: Tensor) -> float:
     """
     log_w = log_w.double()
     log_n = math.log(log_w.numel())
-    return float(torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0) - log_n))
+    fraction = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0) - log_n)
+    return float(fraction.clamp(max=1))  # above 1 only by rounding
 
 
 def mean(f: Tensor) -> Estimate:
