@@ -75,7 +75,7 @@ def sd3_loss(pipeline: StableDiffusion3Pipeline, x1: Tensor, prompts: list[str],
 
 
 def train_sd3(
-    digits: Digits, vae_folder: Path, steps: int = 4100, seed: int = 0
+    digits: Digits, vae_folder: Path, steps: int = 6500, seed: int = 0
 ) -> tuple[StableDiffusion3Pipeline, dict[str, float]]:
     """Train the transformer and the three text encoders; return the pipeline, in eval mode, and its losses."""
     torch.manual_seed(seed)
