@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 __all__ = ["one_line", "users_mistake"]
 
 _KEY = re.compile(r'^\s*(?:- )?(?:error: )?Parser key "([^"]+)"')
@@ -68,11 +70,12 @@ def users_mistake(error: BaseException) -> str | None:
         error: what was raised; the causes behind it are looked through too.
 
     Returns:
-        One line: of the first exception that a `raise` of this package made, or of a file that is missing.
+        One line: of the first exception that a `raise` of this package made, of a missing file, or of a setting that the
+        Trainer refuses.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, FileNotFoundError) or _raised_here(cause):
+        if isinstance(cause, (FileNotFoundError, MisconfigurationException)) or _raised_here(cause):
             return " ".join(str(cause).split())
         cause = cause.__cause__
     return None

@@ -138,3 +138,8 @@ def test_a_mistake_leaves_the_earlier_run_in_place(tmp_path: Path) -> None:
     for wrong in (["--sampler.steps", "0"], ["--data", "PromptDataModule", "--data.prompts", "nowhere.txt"]):
         assert tilt(*args, *wrong).status == 1
     assert (tmp_path / "report.json").read_text() == "{}" and not (tmp_path / "previous").exists()
+
+
+def test_a_setting_that_the_trainer_refuses(tmp_path: Path) -> None:
+    result = tilt("fit", *overlay(TOY, tmp_path), "--trainer.enable_progress_bar", "false")
+    assert_one_line(result, 1, "enable_progress_bar=False")
