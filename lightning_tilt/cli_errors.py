@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 __all__ = ["one_line", "users_mistake"]
 
@@ -70,8 +70,8 @@ def users_mistake(error: BaseException) -> str | None:
         error: what was raised; the causes behind it are looked through too.
 
     Returns:
-        One line: of the first exception that a `raise` of this package made, of a missing file, or of a setting that the
-        Trainer refuses.
+        One line: of the first exception that a `raise` of this package made, of a missing file, or of a setting that
+        the Trainer refuses.
     """
     cause: BaseException | None = error
     while cause is not None:
