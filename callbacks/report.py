@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
@@ -111,6 +111,7 @@ class TiltReport(Callback):
             trajectory = sampler.rollout(
                 host, batch, stream="report", number=number, base=base, samples_per_condition=n
             )
+            trajectory = trajectory[trajectory.weight > 0]
             images = _decoded(host, trajectory, self.micro_batch)
             prompts = None if prompt is None else [prompt] * len(images)
             samples.rewards.append(trajectory.reward.double().cpu())
@@ -161,6 +162,11 @@ class TiltReport(Callback):
         }
         if self.density is not None:
             report["density"] = self.density
+        report["warnings"] = [
+            f"{name}: ESS {e.ess:.2f} of {e.n} samples; below ESS .5 or n 1000 an interval of 1.96 se is too short"
+            for name, e in (("reward_exact", exact), ("log_z", log_z))
+            if not e.trustworthy
+        ]
         folder = Path(trainer.default_root_dir)
         write_json(folder / "report.json", report)
         for name in ("before_after.png", "reward_histogram.png", "curves.png"):
@@ -178,7 +184,13 @@ def _mean(values: list[Tensor]) -> Estimate:
 
 def _prompts(trainer: Trainer) -> list[str | None]:
     """The validation prompts, each once, in order; [None] for a density."""
-    loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+    if datamodule is None:
+        raise TypeError(
+            "TiltReport takes its prompts from the validation prompts of a datamodule, and the Trainer was given none: "
+            "trainer.fit(module, datamodule=PromptDataModule(...))"
+        )
+    loader = datamodule.val_dataloader()
     found: dict[str | None, None] = {}
     for batch in loader:
         prompts, _ = prompts_of(batch)
@@ -208,5 +220,7 @@ def _summary(report: dict[str, Any], folder: Path) -> str:
     lines = [f"TiltReport ({folder / 'report.json'})"]
     for key in ("reward_base", "reward_tuned", "reward_exact", "log_z"):
         lines.append(f"  {key:14s} {report[key]['mean']:.4f} +- {report[key]['se']:.4f}")
-    lines.append(f"  ESS {report['ess']:.2f}, {report['way']:.0%} of the way from base to exact")
+    lines += [f"  warning: {text}" for text in report["warnings"]]
+    way = "" if report["way"] is None else f", {report['way']:.0%} of the way from base to exact"
+    lines.append(f"  ESS {report['ess']:.2f}{way}")
     return "\n".join(lines)
