@@ -20,7 +20,7 @@ BASE, TUNED, EXACT = "#7f8c99", "#c8553d", "#2b6777"
 def before_after(
     path: str | Path, prompts: Sequence[str | None], base: Sequence[Tensor], tuned: Sequence[Tensor]
 ) -> None:
-    """Draw samples of base and tuned model from the same noise, side by side; states in the plane as points.
+    """Draw samples of base and tuned model from the same noise, side by side; states as points.
 
     Args:
         path: the PNG to write.
@@ -76,6 +76,8 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
     weights = torch.cat([torch.softmax(lam * r, 0) for r in base]) / len(base)
     everything = torch.cat([rewards, *tuned])
     low, high = torch.quantile(everything[:100_000], torch.tensor([0.002, 0.998], dtype=everything.dtype)).tolist()
+    if low == high:  # a constant reward
+        low, high = low - 0.5, high + 0.5
     bins = torch.linspace(low, high, 41).tolist()
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
@@ -127,14 +129,17 @@ def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> Non
 
 
 def _scatter(path: str | Path, base: Tensor, tuned: Tensor) -> None:
-    """The first two coordinates of base and tuned states."""
+    """The first two coordinates of base and tuned states; of states on the line, their histogram."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axis, points, name, colour in zip(
         figure.subplots(1, 2, sharex=True, sharey=True), (base, tuned), ("base", "tuned"), (BASE, TUNED), strict=True
     ):
-        axis.scatter(points[:5000, 0].numpy(), points[:5000, 1].numpy(), s=3, alpha=0.35, color=colour, lw=0)
+        if points.shape[1] == 1:
+            axis.hist(points[:, 0].numpy(), 60, density=True, color=colour, alpha=0.6)
+        else:
+            axis.scatter(points[:5000, 0].numpy(), points[:5000, 1].numpy(), s=3, alpha=0.35, color=colour, lw=0)
+            axis.set_aspect("equal")
         axis.set_title(f"{name}, from the same noise", fontsize=10)
-        axis.set_aspect("equal")
         _tidy(axis)
     figure.savefig(path, dpi=150)
 

@@ -58,6 +58,8 @@ class RunLogger(Logger):
         row = {"step": step, **{k: float(v) for k, v in metrics.items()}}
         if self._columns is None:
             self._columns = list(read_metrics(self.path)) if self.path.exists() else []
+            if self._columns:
+                self._add_columns([])  # a last line that a crash cut short gets its end
         new = [k for k in row if k not in self._columns]
         if new:
             self._add_columns(new)

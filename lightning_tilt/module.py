@@ -89,6 +89,9 @@ class TiltModule(LightningModule):
 
     def _look(self, batch: Any, batch_idx: int, stream: Stream) -> None:
         trajectory = self._rollout(batch, batch_idx, stream)
+        trajectory = trajectory[trajectory.weight > 0]  # without samples that were skipped
+        if len(trajectory) == 0:
+            return
         self._seen.reward.to(self.device).update(trajectory.reward)
         images = self._decode(trajectory)
         group = trajectory.index if trajectory.prompts is not None else torch.zeros_like(trajectory.index)
