@@ -70,7 +70,7 @@ def weights(module: Any) -> dict[str, Tensor]:
 def test_mixin_in_an_existing_module_trains_it_and_leaves_its_hooks_alone() -> None:
     module = Mine(width=5, lam=2.0)
     before = weights(module)
-    run = trainer([sampler(), keep], max_steps=4, enable_checkpointing=True)
+    run = trainer([sampler()], max_steps=4)
     run.fit(module, DataLoader(BATCHES, batch_size=None), DataLoader(range(3), batch_size=None))
     assert module.validated >= 3 and module.head.in_features == 5
     assert isinstance(run.optimizers[0], torch.optim.AdamW)
