@@ -8,6 +8,7 @@ and tuned paths, with weights log w = lam r - log dP_theta/dP_base, give ESS and
 are means over prompts, standard errors those of the samples (delta method; `identities`).
 """
 
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,31 +129,11 @@ class TiltReport(Callback):
 
     @rank_zero_only
     def _write(self, trainer: Trainer, host: Any, base: _Samples, tuned: _Samples) -> None:
-        lam = host.lam.lam
-        exact = stratified([expectation(r, lam * r) for r in base.rewards])
-        log_z = stratified([log_partition(w) for w in tuned.log_w])
-        sampler = find_sampler(host)
-        report: dict[str, Any] = {
-            "loss": type(host).__name__.removesuffix("Task"),
-            "reward": type(host.reward).__name__,
-            "lam": lam,
-            "reward_base": _mean(base.rewards).as_dict(),
-            "reward_tuned": _mean(tuned.rewards).as_dict(),
-            "reward_exact": {**exact.as_dict(), "ess": exact.ess},
-            "reward_base_std": float(torch.cat(base.rewards).std()),
-            "diversity_base": sum(base.diversity) / len(base.diversity),
-            "diversity_tuned": sum(tuned.diversity) / len(tuned.diversity),
-        }
-        for name in self.judges:
-            for kind, samples in (("base", base), ("tuned", tuned)):
-                estimate = _mean(samples.judged[name])
-                report[f"{name}_{kind}"], report[f"{name}_{kind}_se"] = estimate.mean, estimate.se
-        way = report["reward_exact"]["mean"] - report["reward_base"]["mean"]
+        sampler, folder = find_sampler(host), Path(trainer.default_root_dir)
+        report = compare(base, tuned, host.lam.lam, sampler.weighted)
         report |= {
-            "way": (report["reward_tuned"]["mean"] - report["reward_base"]["mean"]) / way if way else None,
-            "ess": log_z.ess,
-            "log_z": log_z.as_dict(),
-            "log_z_base": stratified([log_partition(lam * r) for r in base.rewards]).as_dict(),
+            "loss": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(host).__name__.removesuffix("Task")).lower(),
+            "reward": type(host.reward).__name__,
             "evaluations": sampler.evaluations.as_dict(),
             "updates": trainer.global_step,
             "seconds": sum(self._seconds.values()),
@@ -162,20 +143,52 @@ class TiltReport(Callback):
         }
         if self.density is not None:
             report["density"] = self.density
-        report["warnings"] = [
-            f"{name}: ESS {e.ess:.2f} of {e.n} samples; below ESS .5 or n 1000 an interval of 1.96 se is too short"
-            for name, e in (("reward_exact", exact), ("log_z", log_z))
-            if not e.trustworthy
-        ]
-        folder = Path(trainer.default_root_dir)
         write_json(folder / "report.json", report)
         for name in ("before_after.png", "reward_histogram.png", "curves.png"):
             set_aside(folder / name)
         before_after(folder / "before_after.png", _prompts(trainer), base.shown, tuned.shown)
-        reward_histogram(folder / "reward_histogram.png", base.rewards, tuned.rewards, lam)
+        reward_histogram(folder / "reward_histogram.png", base.rewards, tuned.rewards, host.lam.lam)
         if (folder / "metrics.csv").exists():
             curves(folder / "curves.png", folder / "metrics.csv", report)
         rank_zero_info(_summary(report, folder))
+
+
+def compare(base: _Samples, tuned: _Samples, lam: float, weighted: bool) -> dict[str, Any]:
+    """The numbers of a report: base, tuned and exact, and how far apart they are.
+
+    Args:
+        base: samples of the base.
+        tuned: samples of the tuned model, on the same prompts.
+        lam: multiplier of the tilt.
+        weighted: whether the tuned paths' weights mean something; without, ESS and log Z are None.
+    """
+    exact = stratified([expectation(r, lam * r) for r in base.rewards])
+    reward_base, reward_tuned = _mean(base.rewards), _mean(tuned.rewards)
+    log_z = stratified([log_partition(w) for w in tuned.log_w]) if weighted else None
+    way = exact.mean - reward_base.mean
+    report: dict[str, Any] = {
+        "lam": lam,
+        "reward_base": reward_base.as_dict(),
+        "reward_tuned": reward_tuned.as_dict(),
+        "reward_exact": {**exact.as_dict(), "ess": exact.ess},
+        "reward_base_std": float(torch.cat(base.rewards).std()),
+        "way": (reward_tuned.mean - reward_base.mean) / way if way else None,
+        "ess": log_z.ess if log_z else None,
+        "log_z": log_z.as_dict() if log_z else None,
+        "log_z_base": stratified([log_partition(lam * r) for r in base.rewards]).as_dict(),
+        "diversity_base": sum(base.diversity) / len(base.diversity),
+        "diversity_tuned": sum(tuned.diversity) / len(tuned.diversity),
+    }
+    for name in base.judged:
+        for kind, samples in (("base", base), ("tuned", tuned)):
+            estimate = _mean(samples.judged[name])
+            report[f"{name}_{kind}"], report[f"{name}_{kind}_se"] = estimate.mean, estimate.se
+    report["warnings"] = [
+        f"{name}: ESS {e.ess:.2f} of {e.n} samples; below ESS .5 or n 1000 an interval of 1.96 se is too short"
+        for name, e in (("reward_exact", exact), ("log_z", log_z))
+        if e is not None and not e.trustworthy
+    ]
+    return report
 
 
 def _mean(values: list[Tensor]) -> Estimate:
@@ -219,8 +232,11 @@ def _log_w(sampler: Sampler, host: Any, trajectory: Trajectory, micro_batch: int
 def _summary(report: dict[str, Any], folder: Path) -> str:
     lines = [f"TiltReport ({folder / 'report.json'})"]
     for key in ("reward_base", "reward_tuned", "reward_exact", "log_z"):
-        lines.append(f"  {key:14s} {report[key]['mean']:.4f} +- {report[key]['se']:.4f}")
+        if report[key] is not None:
+            lines.append(f"  {key:14s} {report[key]['mean']:.4f} +- {report[key]['se']:.4f}")
+    if report["ess"] is not None:
+        lines.append(f"  ESS            {report['ess']:.2f}")
+    if report["way"] is not None:
+        lines.append(f"  the way        {report['way']:.0%} from base to exact")
     lines += [f"  warning: {text}" for text in report["warnings"]]
-    way = "" if report["way"] is None else f", {report['way']:.0%} of the way from base to exact"
-    lines.append(f"  ESS {report['ess']:.2f}{way}")
     return "\n".join(lines)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_tilt.rewards import Ink
 from toys import trainer
 
 from lightning_tilt.cli import main
+from lightning_tilt.rewards import Ink
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -56,6 +56,9 @@ def test_commands_parse(
 
 
 def test_every_named_file_exists() -> None:
-    named = set(re.findall(r"(?:configs|docs|lightning_tilt)/[\w/.]+\.\w+", TEXT)) | set(re.findall(r"\]\((\w[\w./]*)\)", TEXT))
+    named = {
+        *re.findall(r"(?:configs|docs|lightning_tilt)/[\w/.]+\.\w+", TEXT),
+        *re.findall(r"\]\((\w[\w./]*)\)", TEXT),
+    }
     assert len(named) > 8
     assert [n for n in named if not n.startswith("http") and not (ROOT / n).exists()] == []
