@@ -9,36 +9,43 @@ A step with std = 0 (the last one of most grids) is made by the base, for the tu
 the path weights have a meaning: then E[w] = Z.
 """
 
-import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import time
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
+import torch.distributed as dist
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from ..chain import Chain, Evaluations, slices
-from ..condition import Prompts
+from ..chain import Chain, Evaluations, evaluating, slices
 from ..interfaces import Loss, Predictor, Sampler
 from ..noise import Stream, keyed_normal
 from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
-from .scoring import score_end_points, without_bad
+from .buffer import ReplayBuffer
+from .scoring import BadRewardPolicy, score_end_points, without_bad
+from .surroundings import device_and_dtype, global_numbers, global_seed, network_context, prompts_of
 
-__all__ = ["TrajectorySampler", "prompts_of"]
+__all__ = ["TrajectorySampler"]
 
 
 class TrajectorySampler(Sampler, Callback):
     """Roll the current model out on each training batch.
+
+    On policy by default. With `rollout_every: n` a rollout is due at every n-th batch alone; the batches between draw
+    from the last `buffer_size` rollouts, and their own prompts are not used.
 
     Args:
         steps: transitions of a path (K).
         samples_per_condition: paths drawn for each prompt of a batch.
         guidance_scale: classifier-free guidance of the rollout; 1 is none.
         transition: the kernel family; default `DDIM(ddim_eta=1.0)`, the exact memoryless step.
-        rollout_every: training batches that share one rollout; 1 is on policy.
+        rollout_every: batches from one fresh rollout to the next; 1 is on policy.
+        buffer_size: fresh rollouts that are kept for the batches between.
+        passes: batches that train on one rollout before it leaves the buffer; None: until newer ones push it out. A
+            fresh rollout is made early when none is left.
         rollout_micro_batch: samples in one network call of the rollout; None: all at once.
         reward_micro_batch: samples decoded and scored at once; None: all at once.
         on_bad_reward: what to do when a reward or its gradient is not finite: `stop` raises and names step and
@@ -55,18 +62,25 @@ class TrajectorySampler(Sampler, Callback):
         guidance_scale: float = 1.0,
         transition: Transition | None = None,
         rollout_every: int = 1,
+        buffer_size: int = 1,
+        passes: int | None = None,
         rollout_micro_batch: int | None = None,
         reward_micro_batch: int | None = None,
-        on_bad_reward: Literal["stop", "skip"] = "stop",
+        on_bad_reward: BadRewardPolicy = "stop",
         base_last_step: bool = True,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("steps", steps), ("samples_per_condition", samples_per_condition)):
-            if value < 1:
+        counts = {
+            "steps": steps, "samples_per_condition": samples_per_condition, "rollout_every": rollout_every,
+            "buffer_size": buffer_size, "passes": passes, "rollout_micro_batch": rollout_micro_batch,
+            "reward_micro_batch": reward_micro_batch,
+        }  # fmt: skip
+        for name, value in counts.items():
+            if value is not None and value < 1:
                 raise ValueError(f"sampler.{name} must be at least 1, not {value}")
-        if rollout_every < 1:
-            raise ValueError(f"sampler.rollout_every must be at least 1, not {rollout_every}")
+        if on_bad_reward not in get_args(BadRewardPolicy):
+            raise ValueError(f"sampler.on_bad_reward is one of {get_args(BadRewardPolicy)}, not {on_bad_reward!r}")
         self.steps = steps
         self.samples_per_condition = samples_per_condition
         self.guidance_scale = guidance_scale
@@ -74,11 +88,15 @@ class TrajectorySampler(Sampler, Callback):
         self.rollout_every = rollout_every
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch
-        self.on_bad_reward = on_bad_reward
+        self.on_bad_reward: BadRewardPolicy = on_bad_reward
         self.base_last_step = base_last_step
-        self.seed = seed if seed is not None else _global_seed()
+        self._given_seed = seed
+        self.seed = global_seed() if seed is None else seed
         self.evaluations = Evaluations()
-        self._batches = 0
+        self.seconds: dict[str, float] = {}
+        self._buffer = ReplayBuffer(buffer_size, passes)
+        self._batches, self._rollouts, self._since = 0, 0, 0
+        self._restored = False
         self._trajectory: Trajectory | None = None
 
     @property
@@ -101,25 +119,45 @@ class TrajectorySampler(Sampler, Callback):
     def chain(self, host: Any, count: bool = True) -> Chain:
         """The chain of the host's process on this sampler's grid; network calls run in the Trainer's precision."""
         evaluations = self.evaluations if count else Evaluations()
-        return Chain(host.process, self.transition, host.process.grid(self.steps), evaluations, _network_context(host))
+        return Chain(host.process, self.transition, host.process.grid(self.steps), evaluations, network_context(host))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Read the global seed, which may have been set since this callback was made."""
+        if self._given_seed is None:
+            self.seed = global_seed()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with a fresh rollout, unless a checkpoint has just brought its own."""
+        if not self._restored:
+            self._buffer.clear()
+        self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Make the rollout of this batch, if one is due."""
+        """Make the rollout of this batch if one is due, else draw one from the buffer."""
         if not isinstance(pl_module, Loss):
             raise TypeError(
                 f"TrajectorySampler serves a loss, and {type(pl_module).__name__} is none: "
                 f"class Mine(AdjointMatching, {type(pl_module).__name__})"
             )
-        if self._batches % self.rollout_every == 0:
-            trajectory = self.rollout(
-                pl_module,
-                batch,
-                stream="train",
-                number=self._batches // self.rollout_every,
-                reward_gradient=pl_module.needs_reward_gradient,
-            )
-            self._trajectory = pl_module.prepare(replace(trajectory, lam=pl_module.current_lam()))
-        self._batches += 1
+        self.seconds = {}
+        if len(self._buffer) == 0 or self._since >= self.rollout_every:
+            self._trajectory = self._buffer.add(self._fresh(pl_module, batch))
+            self._since = 0
+        else:
+            self._trajectory = self._buffer.draw(self.seed, self._batches)
+        self._batches, self._since = self._batches + 1, self._since + 1
+
+    def _fresh(self, loss: Loss, batch: Any) -> Trajectory:
+        """A new rollout of the current model, with what the loss adds to it."""
+        start = time.perf_counter()
+        path = self.rollout(
+            loss, batch, stream="train", number=self._rollouts, reward_gradient=loss.needs_reward_gradient
+        )
+        self._rollouts += 1
+        middle = time.perf_counter()
+        path = loss.prepare(replace(path, lam=loss.current_lam()))
+        self.seconds = {"rollout": middle - start, "adjoint": time.perf_counter() - middle}
+        return path
 
     def rollout(
         self,
@@ -151,105 +189,62 @@ class TrajectorySampler(Sampler, Callback):
         prompts, size = prompts_of(batch)
         each = samples_per_condition or self.samples_per_condition
         index = torch.arange(size).repeat_interleave(each)
-        sample = _global_numbers(host, size, each)
+        sample = global_numbers(host, size, each)
         chain = self.chain(host, count=stream == "train")
-        device, dtype = _device_and_dtype(host)
-        was_training = predictor.training
-        predictor.eval()
-        try:
-            with torch.no_grad():
-                condition = predictor.encode(prompts, size).to(device)
-                chunks = [
-                    chain.rollout(
-                        predictor,
-                        condition[index[i]],
-                        self._draw(stream, number, sample[i], predictor).to(device, dtype),
-                        scale=self.guidance_scale,
-                        base=base,
-                        base_last_step=self.base_last_step,
-                    )
-                    for i in slices(len(index), self.rollout_micro_batch)
-                ]
-        finally:
-            predictor.train(was_training)
+        device, dtype = device_and_dtype(host)
+        # Validation runs inside of the precision plugin's context, training rollouts do not: leave it here, and let the
+        # chain enter it around network calls alone.
+        with torch.autocast(device.type, enabled=False), evaluating(predictor), torch.no_grad():
+            condition = predictor.encode(prompts, size).to(device)
+            chunks = [
+                chain.rollout(
+                    predictor,
+                    condition[index[i]],
+                    self._draw(stream, number, sample[i], predictor).to(device, dtype),
+                    scale=self.guidance_scale,
+                    base=base,
+                    base_last_step=self.base_last_step,
+                )
+                for i in slices(len(index), self.rollout_micro_batch)
+            ]
         states, noise = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
         trajectory = Trajectory(
             t=chain.t,
             states=states,
             noise=noise,
             condition=condition,
-            index=index.to(device),
-            sample=torch.tensor(sample, device=device),
+            index=index,
+            sample=torch.tensor(sample),
             reward=states.new_zeros(len(index)),
             lam=0.0,
             rollout=number,
             weight=states.new_ones(len(index)),
         )
-        trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
+        with torch.autocast(device.type, enabled=False):
+            trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
         return without_bad(trajectory, stream, self.on_bad_reward)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: how many batches were seen, evaluations, the rollout still in use."""
+        """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
         counts = {k: v for k, v in self.evaluations.as_dict().items() if k != "forwards_per_pair"}
-        return {"batches": self._batches, "evaluations": counts}
+        counters = {"batches": self._batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed}
+        reused = self._since < self.rollout_every and not dist.is_initialized()
+        return counters | {"evaluations": counts, "buffer": self._buffer.state_dict() if reused else []}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the streams and counters of a checkpoint."""
-        self._batches = state_dict["batches"]
-        # A rollout is not saved: what was left of a shared one is skipped, and the next batch makes its own.
-        self._batches += -self._batches % self.rollout_every
+        """Continue the streams, counters and buffer of a checkpoint."""
+        if self._given_seed not in (None, state_dict["seed"]):
+            rank_zero_warn(
+                f"sampler.seed is {self._given_seed}, the checkpoint was made with {state_dict['seed']}: the resumed "
+                "run draws other samples than the first would have"
+            )
+        elif self._given_seed is None:
+            self._given_seed = self.seed = state_dict["seed"]
+        self._batches, self._rollouts, self._since = (state_dict[k] for k in ("batches", "rollouts", "since"))
         self.evaluations.__dict__.update(state_dict["evaluations"])
+        self._buffer.load_state_dict(state_dict["buffer"])
+        self._restored = True
 
     def _draw(self, stream: Stream, number: int, sample: list[int], predictor: Predictor) -> Tensor:
         """X_0 and z_0 ... z_{K-1}: (K + 1, n, *shape)."""
         return keyed_normal(self.seed, stream, number, sample, (self.steps + 1, *predictor.state_shape)).transpose(0, 1)
-
-
-def prompts_of(batch: Any) -> tuple[Prompts, int]:
-    """Read the prompts of a user's batch.
-
-    Args:
-        batch: a sequence of strings; a mapping with the key "prompt" or "prompts"; or a tensor, whose length is the
-            number of unconditional draws.
-
-    Returns:
-        The prompts (None without) and their number.
-    """
-    if isinstance(batch, Tensor):
-        return None, len(batch)
-    if isinstance(batch, dict):
-        for key in ("prompt", "prompts"):
-            if key in batch:
-                return prompts_of(batch[key])
-    if isinstance(batch, (list, tuple)) and all(isinstance(p, str) for p in batch) and len(batch) > 0:
-        return list(batch), len(batch)
-    raise TypeError(
-        f"a batch is a list of prompts, a mapping with 'prompt', or a tensor of draws, not {type(batch).__name__}"
-    )
-
-
-def _global_numbers(host: Any, size: int, each: int) -> list[int]:
-    """Numbers of this process's samples among all: Lightning deals a batch's conditions out to the ranks in turn."""
-    world, rank = _world(host)
-    return [(i * world + rank) * each + j for i in range(size) for j in range(each)]
-
-
-def _world(host: Any) -> tuple[int, int]:
-    trainer = host._trainer
-    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-
-
-def _network_context(host: Any) -> Callable[[], AbstractContextManager[Any]]:
-    """The precision plugin's context: Lightning does not enter it outside of the training step."""
-    trainer = host._trainer
-    return nullcontext if trainer is None else trainer.precision_plugin.forward_context
-
-
-def _device_and_dtype(host: Any) -> tuple[torch.device, torch.dtype]:
-    """Device of the host; states are float32, or float64 for a float64 host, whatever the network's dtype."""
-    return host.device, torch.float64 if host.dtype == torch.float64 else torch.float32
-
-
-def _global_seed() -> int:
-    """The seed that `seed_everything` left behind, or 0."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

@@ -1,15 +1,18 @@
 """Scoring of end points: decode, reward, gradient, and what becomes of samples that are not finite."""
 
+import warnings
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from ..chain import slices
 from ..trajectory import Trajectory
 
-__all__ = ["score_end_points", "without_bad"]
+__all__ = ["BadRewardPolicy", "score_end_points", "without_bad"]
+
+BadRewardPolicy = Literal["stop", "skip"]
+"""What to do with a sample whose reward, gradient or state is not finite."""
 
 
 def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_batch: int | None) -> Trajectory:
@@ -26,6 +29,7 @@ def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_ba
 
     Raises:
         ValueError: if the reward does not return one number a sample.
+        TypeError: if the reward has no gradient though it says so.
     """
     prompts = trajectory.prompts
     rewards, gradients = [], []
@@ -38,6 +42,11 @@ def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_ba
                 f"{type(host.reward).__name__}.score returned shape {tuple(reward.shape)} for {len(x)} samples; "
                 f"it should be ({len(x)},): one number a sample"
             )
+        if gradient and not reward.requires_grad:
+            raise TypeError(
+                f"{type(host.reward).__name__}.score has no gradient in the images although is_differentiable is True: "
+                "remove no_grad, detach or numpy from it, or set is_differentiable = False"
+            )
         rewards.append(reward.detach().to(x.dtype))
         if gradient:
             gradients.append(torch.autograd.grad(reward.sum(), x)[0])
@@ -45,7 +54,7 @@ def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_ba
     return replace(trajectory, reward=torch.cat(rewards), reward_gradient=reward_gradient)
 
 
-def without_bad(trajectory: Trajectory, stream: str, policy: Literal["stop", "skip"]) -> Trajectory:
+def without_bad(trajectory: Trajectory, stream: str, policy: BadRewardPolicy) -> Trajectory:
     """Stop at a sample that is not finite, or give it weight 0.
 
     Args:
@@ -71,7 +80,7 @@ def without_bad(trajectory: Trajectory, stream: str, policy: Literal["stop", "sk
     )
     if policy == "stop":
         raise FloatingPointError(message + ". Mend the reward, or pass sampler.on_bad_reward: skip.")
-    rank_zero_warn(message + "; they are left out.")
+    warnings.warn(message + "; they are left out.", stacklevel=2)
     keep = good.reshape(-1, *(1,) * (trajectory.end.ndim - 1))
     return replace(
         trajectory,

@@ -11,11 +11,11 @@ evaluations are counted in forwards of one sample: a forward is 1, its VJP to th
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tilt.condition import Condition
 from lightning_tilt.interfaces.predictor import Predictor
@@ -23,11 +23,25 @@ from lightning_tilt.process import Prediction, Process
 from lightning_tilt.trajectory import Trajectory
 from lightning_tilt.transition import Gaussian, Transition, control, path_log_ratio
 
-__all__ = ["Chain", "Evaluations", "slices"]
+__all__ = ["Chain", "Evaluations", "evaluating", "slices"]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; every submodule's own mode is restored afterwards."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def slices(total: int, size: int | None) -> Iterator[slice]:
     """Cut `range(total)` into slices of at most `size` (None: one slice)."""
+    if size is not None and size < 1:
+        raise ValueError(f"a micro-batch holds at least one sample, not {size}; null means all at once")
     size = size or max(total, 1)
     return (slice(i, min(i + size, total)) for i in range(0, total, size))
 
@@ -39,7 +53,8 @@ class Evaluations:
     Attributes:
         forward: forward passes, with or without gradient.
         vjp: products of a vector with the Jacobian to the input (one forward each).
-        backward: backward passes to the parameters, in forwards: 2 for a full network, 1 for adapters.
+        backward: backward passes to the parameters, in forwards: 2 for a full network, 1 for adapters; what a network
+            recomputes inside (gradient checkpointing of its own) is not seen from here.
         pairs: supervised (sample, step) pairs that a loss has seen.
     """
 
@@ -107,7 +122,8 @@ class Chain:
         output = self._call(predictor, x, t, condition)
         if scale == 1.0:
             return output
-        empty = predictor.encode(None if condition.prompts is None else [""] * len(x), len(x)).to(x.device)
+        empty = predictor.encode(None if condition.prompts is None else [""], 1).to(x.device)
+        empty = empty[torch.zeros(len(x), dtype=torch.long)]
         with nullcontext() if unconditional_gradient else torch.no_grad():
             unconditional = self._call(predictor, x, t, empty)
         return unconditional + scale * (output - unconditional)

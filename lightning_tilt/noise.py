@@ -15,8 +15,8 @@ from torch import Tensor
 
 __all__ = ["Stream", "keyed_choice", "keyed_normal"]
 
-Stream = Literal["train", "validate", "test", "predict", "steps", "report"]
-_STREAMS: dict[str, int] = {"train": 1, "validate": 2, "test": 3, "predict": 4, "steps": 5, "report": 6}
+Stream = Literal["train", "validate", "test", "predict", "steps", "report", "buffer"]
+_STREAMS: dict[str, int] = {"train": 1, "validate": 2, "test": 3, "predict": 4, "steps": 5, "report": 6, "buffer": 7}
 
 
 def _generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:

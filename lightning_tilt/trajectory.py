@@ -91,6 +91,8 @@ class Trajectory:
 
     def __getitem__(self, samples: Tensor | slice) -> "Trajectory":
         """The same steps of some samples (a slice, integers or a mask)."""
+        if isinstance(samples, Tensor):
+            samples = samples.cpu()  # an index on the CPU serves tensors on every device
         changes: dict[str, Any] = {name: self._get(name, lambda v: v[samples]) for name in _PER_SAMPLE}
         changes |= {name: self._get(name, lambda v: v[:, samples]) for name in _STEP_MAJOR}
         return replace(self, **changes)
@@ -119,14 +121,21 @@ class Trajectory:
 
     def save(self, path: str | Path) -> None:
         """Write the record to a file that `torch.load(..., weights_only=True)` reads."""
-        record = {f.name: self.__dict__[f.name] for f in fields(self)}
-        record["condition"] = {**self.condition.__dict__, "tensors": dict(self.condition.tensors)}
-        torch.save(record, path)
+        torch.save(self.as_dict(), path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Trajectory":
         """Read what `save` wrote; no pickled code is run."""
-        record = torch.load(path, weights_only=True)
+        return cls.from_dict(torch.load(path, weights_only=True))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain tensors, strings and numbers."""
+        record = {f.name: self.__dict__[f.name] for f in fields(self)}
+        return record | {"condition": {**self.condition.__dict__, "tensors": dict(self.condition.tensors)}}
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "Trajectory":
+        """What `as_dict` gave."""
         return cls(**{**record, "condition": Condition(**record["condition"])})
 
     def _get(self, name: str, change: Callable[[Tensor], Tensor]) -> Tensor | None:

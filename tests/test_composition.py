@@ -1,6 +1,7 @@
 """A loss dropped into a LightningModule, ours or the user's; what the Trainer offers works unchanged."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -75,7 +76,7 @@ def test_mixin_in_an_existing_module_trains_it_and_leaves_its_hooks_alone() -> N
     assert module.validated >= 3 and module.head.in_features == 5
     assert isinstance(run.optimizers[0], torch.optim.AdamW)
     assert any(not torch.equal(before[n], p) for n, p in weights(module).items())
-    assert {"train/loss", "train/reward", "train/ess", "train/lam", "train/adjoint_norm"} <= set(run.callback_metrics)
+    assert {"train/loss", "train/reward", "train/ess", "train/lam", "train/log_z"} <= set(run.callback_metrics)
 
 
 @pytest.mark.parametrize("host", [TiltModule, Existing])
@@ -152,7 +153,7 @@ def test_accumulation_averages_rollouts_of_one_and_the_same_model() -> None:
     gradients = []
     for i in (0, 1):
         callback = sampler()
-        callback.load_state_dict(callback.state_dict() | {"batches": i})
+        callback.load_state_dict(callback.state_dict() | {"rollouts": i})
         gradients.append(fit(single[i], callback, [BATCHES[i]]).gradients[0])
     expected = {
         n: p - 0.1 * (gradients[0][f"predictor.{n}"] + gradients[1][f"predictor.{n}"]) / 2
@@ -205,6 +206,104 @@ def test_rollout_every_shares_a_rollout() -> None:
     recorder = fit(task(), sampler(rollout_every=2), BATCHES)
     a, b, c, d = recorder.trajectories
     assert a is b and c is d and a is not c and (a.rollout, c.rollout) == (0, 1)
+
+
+def test_replay_buffer_draws_from_the_last_rollouts_and_respects_passes() -> None:
+    recorder = fit(task(), sampler(rollout_every=2, buffer_size=2), BATCHES * 4)
+    numbers = [p.rollout for p in recorder.trajectories]
+    assert numbers[::2] == list(range(8))
+    # In between one of the last two rollouts, either of them at some time.
+    ages = [numbers[i] - numbers[i + 1] for i in range(2, 15, 2)]
+    assert set(ages) == {0, 1}
+    once = fit(task(), sampler(rollout_every=4, buffer_size=1, passes=1), BATCHES)
+    assert [p.rollout for p in once.trajectories] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match=r"sampler\.passes must be at least 1"):
+        sampler(passes=0)
+
+
+def test_second_fit_begins_with_a_fresh_rollout() -> None:
+    callback, module = sampler(rollout_every=3), task()
+    first = fit(module, callback, BATCHES[:2]).trajectories[-1]
+    second = fit(module, callback, BATCHES[2:3]).trajectories[0]
+    assert second is not first and second.prompts == ["two", "two", "eleven", "eleven"] and second.rollout == 1
+
+
+def test_buffer_survives_a_checkpoint(tmp_path: Path) -> None:
+    straight = fit(task(), sampler(rollout_every=3, buffer_size=2), BATCHES)
+    keep = ModelCheckpoint(tmp_path, filename="a", every_n_train_steps=2)
+    run = trainer([sampler(rollout_every=3, buffer_size=2), keep], max_steps=2, enable_checkpointing=True)
+    run.fit(task(), Loader(dataset=BATCHES, batch_size=None))
+    recorder, resumed = Recorder(), task()
+    run = trainer([sampler(rollout_every=3, buffer_size=2), recorder, keep], max_steps=4, enable_checkpointing=True)
+    run.fit(resumed, Loader(dataset=BATCHES, batch_size=None), ckpt_path=tmp_path / "a.ckpt")
+    for ours, theirs in zip(recorder.trajectories, straight.trajectories[2:], strict=True):
+        assert ours.rollout == theirs.rollout and torch.equal(ours.states, theirs.states)
+
+
+def test_seed_everything_after_the_sampler_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    late = sampler()
+    monkeypatch.setenv("PL_GLOBAL_SEED", "7")
+    a, b = fit(task(), late, BATCHES[:1]), fit(task(), sampler(seed=7), BATCHES[:1])
+    assert torch.equal(a.trajectories[0].states, b.trajectories[0].states)
+
+
+def test_each_step_logs_what_one_needs_to_trust_it() -> None:
+    module = task()
+    recorder = fit(module, sampler(), BATCHES[:1])
+    logged = module.trainer.callback_metrics
+    expected = {
+        "loss", "reward", "reward_se", "lam", "ess", "log_z", "term_max", "control_norm", "adjoint_norm_noise",
+        "adjoint_norm_data", "gradient_norm", "seconds/rollout", "seconds/adjoint", "seconds/loss",
+        "evaluations/forward", "evaluations/vjp", "evaluations/backward", "evaluations/pairs",
+        "evaluations/forwards_per_pair",
+    }  # fmt: skip
+    assert {f"train/{name}" for name in expected} <= set(logged)
+    path, gradients = recorder.trajectories[0], recorder.gradients[0]
+    norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
+    torch.testing.assert_close(logged["train/gradient_norm"], norm)
+    torch.testing.assert_close(logged["train/adjoint_norm_data"], 2.0 * path.reward_gradient.norm(dim=1).mean())
+    assert float(logged["train/control_norm"]) == 0  # the tuned model is the base
+    assert float(logged["train/reward_se"]) == pytest.approx(float(path.reward.std()) / 2)
+
+
+def test_dropout_rests_while_the_sampler_works_and_modes_are_restored() -> None:
+    module = task()
+    module.predictor.network.insert(1, nn.Dropout(0.5))
+    module.predictor._twin[0].insert(1, nn.Identity())
+    module.predictor.network[0].eval()
+    modes: list[tuple[bool, ...]] = []
+
+    class Watch(lightning.Callback):
+        def on_after_backward(self, run: Any, pl_module: Any) -> None:
+            modes.append(tuple(m.training for m in pl_module.predictor.network))
+
+    recorder = fit(module, sampler(), BATCHES[:1], callbacks=[Watch()])
+    # The untuned model's weight is exp(lam r): the dropout of its twin would show as a ratio.
+    path = recorder.trajectories[0]
+    torch.testing.assert_close(path.log_w, path.lam * path.reward, atol=1e-5, rtol=0)
+    assert modes == [(False, True, True, True)]
+
+
+def test_reward_that_cuts_its_own_gradient_is_named() -> None:
+    class Cut(SumReward):
+        def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+            return super().score(images.detach(), prompts)
+
+    with pytest.raises(TypeError, match=r"Cut\.score has no gradient in the images"):
+        fit(task(reward=Cut()), sampler(), BATCHES[:1])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"step_weight": "kontrol"}, {"supervised_steps": "al"}, {"last_steps": 3}, {"last_steps": -1}]
+)
+def test_wrong_settings_are_refused_when_made(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        task(**wrong)
+    with pytest.raises(ValueError, match=r"sampler\.on_bad_reward"):
+        sampler(on_bad_reward="raise")
+    with pytest.raises(ValueError, match="needs a step with noise"):
+        fit(task(), sampler(steps=1), BATCHES[:1])
 
 
 class Broken(Reward):

@@ -7,6 +7,7 @@ A loss reads the sampler's `Trajectory` in `training_step` and returns one scala
 everything the Trainer offers works as it does for any other module.
 """
 
+import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
@@ -16,7 +17,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_tilt.identities import ess
+from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
@@ -81,6 +82,7 @@ class Loss(ABC):
         self.lam = lam if isinstance(lam, LamSchedule) else LamSchedule(float(lam))
         self.allow_non_memoryless = allow_non_memoryless
         self._good_samples = 0.0
+        self._step_start = 0.0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -128,9 +130,16 @@ class Loss(ABC):
                 f"{type(self).__name__} tilts without bias only with memoryless transitions, and the sampler's are "
                 "not. Use DDIM with ddim_eta: 1, or say allow_non_memoryless: true."
             )
-        if self.needs_memoryless and not self.process.is_memoryless_start and not self.allow_non_memoryless:
+        chain = sampler.chain(self, count=False)
+        if not chain.noisy_steps:
+            raise ValueError(
+                f"{type(self).__name__} needs a step with noise, and the sampler's chain has none: sampler.steps of at "
+                "least 2, and ddim_eta above 0"
+            )
+        start = float(self.process.alpha(chain.t[0]))
+        if self.needs_memoryless and start > 0 and not self.allow_non_memoryless:
             rank_zero_info(
-                f"{type(self.process).__name__} starts at alpha_0 > 0: X_0 still knows a little of the data, and the "
+                f"The chain starts at alpha = {start:.3f} > 0: X_0 still knows a little of the data, and the "
                 "tilt of what it knows is lost (SD 1.5: a correlation of .02 - .15). A predictor with "
                 "zero_terminal_snr: true has no such bias; allow_non_memoryless: true accepts it silently."
             )
@@ -151,41 +160,40 @@ class Loss(ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of the sampler's rollout for this batch."""
-        trajectory = self.sampler.trajectory
-        good = trajectory.weight.sum()
-        self._good_samples += float(self.mean_over_ranks(good))
+        self._step_start = time.perf_counter()
+        sampler, trajectory = self.sampler, self.sampler.trajectory
+        good = self.mean_over_ranks(trajectory.weight.sum())
+        self._good_samples += float(good)
         loss, logged = self.loss(trajectory)
-        for name, value in (logged | {"loss": loss.detach()}).items():
-            self.log_train(name, value)
-        self.log_train("reward", trajectory.reward.sum() / good.clamp(min=1), prog_bar=True)
-        self.log_train("lam", torch.tensor(trajectory.lam))
-        if trajectory.log_w is not None:
-            self.log_train("ess", _ess(trajectory), prog_bar=True)
+        self.log_train("loss", loss, prog_bar=False)
+        for name, value in (logged | rollout_figures(trajectory, good)).items():
+            self.log_train(name, value, prog_bar=name in ("reward", "ess"))
+        for name, count in sampler.evaluations.as_dict().items():
+            self.log_train(f"evaluations/{name}", torch.tensor(float(count)))
+        for name, seconds in sampler.seconds.items():
+            self.log_train(f"seconds/{name}", torch.tensor(seconds))
         return loss
+
+    def on_after_backward(self) -> None:
+        """Log how long the loss took, its backward included."""
+        super().on_after_backward()  # type: ignore[misc]
+        self.log_train("seconds/loss", torch.tensor(time.perf_counter() - self._step_start))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient's norm before clipping; without one good sample since the last update there is no update."""
+        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if gradients:
+            self.log_train("gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        if self._good_samples == 0:
+            optimizer.zero_grad(set_to_none=True)  # a gradient of None moves nothing, not even by momentum or decay
+        self._good_samples = 0.0
 
     def log_train(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
         """Log a mean over the ranks as `train/<name>`."""
+        value = value.detach().to(self.device)  # type: ignore[attr-defined]
         self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, batch_size=1)  # type: ignore[attr-defined]
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes."""
         return cast(Tensor, self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean"))
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without one good sample since the last update there is no update: gradients of None move nothing."""
-        super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
-        if self._good_samples == 0:
-            optimizer.zero_grad(set_to_none=True)
-        self._good_samples = 0.0
-
-
-def _ess(trajectory: Trajectory) -> Tensor:
-    """ESS of the path weights, prompt by prompt (each has its own Z), averaged; good samples only.
-
-    With few paths a prompt it is biased upwards (it cannot fall below one over their number): a running indicator.
-    """
-    assert trajectory.log_w is not None
-    good = trajectory.weight > 0
-    group = torch.zeros_like(trajectory.index) if trajectory.prompts is None else trajectory.index
-    values = [ess(trajectory.log_w[good & (group == g)]) for g in group[good].unique().tolist()]
-    return torch.tensor(values).mean() if values else torch.tensor(0.0)

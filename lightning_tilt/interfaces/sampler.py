@@ -21,6 +21,7 @@ class Sampler(ABC):
         seed: the key of all its draws.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
+        seconds: wall time of the parts of the current batch's rollout, by name.
         reward_micro_batch: samples decoded and scored at once; None: all.
         evaluations: network evaluations of training so far.
     """
@@ -30,6 +31,7 @@ class Sampler(ABC):
     samples_per_condition: int
     reward_micro_batch: int | None
     evaluations: "Evaluations"
+    seconds: dict[str, float]
 
     @property
     @abstractmethod

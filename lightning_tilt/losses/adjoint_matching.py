@@ -15,52 +15,24 @@ with the base's std.  No path weights are needed.  What they cost nothing to giv
 base's mean at every state, so with all steps supervised the log path weights, and with them ESS and log Z, come free.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_tilt.chain import Chain, slices
+from lightning_tilt.chain import Chain, evaluating, slices
 from lightning_tilt.condition import Condition
 from lightning_tilt.interfaces import LamSchedule, Loss
+from lightning_tilt.losses.lean_adjoint import lean_adjoint
 from lightning_tilt.noise import keyed_choice
 from lightning_tilt.trajectory import Trajectory
 from lightning_tilt.transition import control
 
-__all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms", "lean_adjoint"]
+__all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms"]
 
 StepWeight = Literal["control", "epsilon", "uniform"]
-
-
-def lean_adjoint(
-    base_mean: Callable[[Tensor, int], Tensor], states: Tensor, terminal: Tensor, steps: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Sweep the adjoint backwards through the base's means.
-
-    Args:
-        base_mean: `(x, k) -> m_base,k(x)`, differentiable in x.
-        states: X_0 ... X_K, (K + 1, N, *shape).
-        terminal: a_K, (N, *shape).
-        steps: the supervised steps, increasing; the sweep stops at the first.
-
-    Returns:
-        a_{k+1} and m_base,k(X_k) for each supervised k, both (J, N, *shape).
-    """
-    adjoints, means = [], []
-    a = terminal
-    for k in reversed(range(steps[0], len(states) - 1)):
-        x = states[k].detach().requires_grad_(k > steps[0])
-        with torch.set_grad_enabled(k > steps[0]):
-            mean = base_mean(x, k)
-        if k in steps:
-            adjoints.append(a)
-            means.append(mean.detach())
-        if k > steps[0]:
-            (a,) = torch.autograd.grad(mean, x, a)
-    return torch.stack(adjoints[::-1]), torch.stack(means[::-1])
 
 
 def adjoint_matching_terms(u: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
@@ -90,7 +62,8 @@ class AdjointMatching(Loss):
     Args:
         lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
         supervised_steps: steps of each path that the loss looks at: an integer, or "all". Drawn before the sweep, the
-            same for all samples of a rollout; the mean over them is an unbiased estimate of the mean over all.
+            same for all samples of a rollout; the mean over them is an unbiased estimate of the mean over all. With an
+            integer there is no ESS and no log Z: not every step meets the base.
         last_steps: steps next to the data that are always among them (the published recipe: 10 drawn and the last
             10); they then weigh more than in the mean over all.
         step_weight: what a step's term is multiplied by. A positive factor a step leaves the fixed point of a model
@@ -133,8 +106,12 @@ class AdjointMatching(Loss):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, lam=lam, allow_non_memoryless=allow_non_memoryless, **kwargs)
-        if supervised_steps != "all" and supervised_steps < 1:
-            raise ValueError(f"supervised_steps must be 'all' or at least 1, not {supervised_steps}")
+        if supervised_steps != "all" and (isinstance(supervised_steps, str) or supervised_steps < 1):
+            raise ValueError(f"supervised_steps must be 'all' or at least 1, not {supervised_steps!r}")
+        if last_steps < 0 or (last_steps > 0 and supervised_steps == "all"):
+            raise ValueError(f"last_steps: {last_steps} adds to an integer supervised_steps; 'all' has them already")
+        if step_weight not in get_args(StepWeight):
+            raise ValueError(f"step_weight is one of {get_args(StepWeight)}, not {step_weight!r}")
         self.supervised_steps = supervised_steps
         self.last_steps = last_steps
         self.step_weight = step_weight
@@ -153,7 +130,7 @@ class AdjointMatching(Loss):
         scale = rollout_scale if self.adjoint_guidance is None else self.adjoint_guidance
         steps = self._draw_steps(trajectory, chain)
         terminal = -trajectory.lam * trajectory.reward_gradient
-        with self.predictor.base() as base:
+        with evaluating(self.predictor), self.predictor.base() as base:
             swept = [
                 lean_adjoint(
                     chain.mean(base, trajectory.condition[trajectory.index[i]], scale),
@@ -165,7 +142,7 @@ class AdjointMatching(Loss):
             ]
         adjoint, base_mean = (torch.cat(parts, 1) for parts in zip(*swept, strict=True))
         chain.evaluations.vjp += len(trajectory) * (chain.steps - 1 - steps[0]) * (1 if scale == 1 else 2)
-        supervised = torch.tensor(steps, device=trajectory.states.device)
+        supervised = torch.tensor(steps)  # like all indices on the CPU, where the grid of times is too
         swept_trajectory = replace(trajectory, supervised=supervised, adjoint=adjoint, base_mean=base_mean)
         if scale != rollout_scale or steps != chain.noisy_steps or not self.sampler.weighted:
             return swept_trajectory
@@ -180,28 +157,29 @@ class AdjointMatching(Loss):
         samples, steps = len(trajectory), trajectory.supervised
         factors = self._step_factors(chain, steps, trajectory.lam).to(trajectory.states)
         good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
-        total, capped = trajectory.states.new_zeros(()), trajectory.states.new_zeros(())
-        largest = trajectory.states.new_zeros(())
+        total, capped, control_norm, largest = trajectory.states.new_zeros(4).unbind()
         for pairs in slices(samples * len(steps), self.loss_micro_batch):
-            pair = torch.arange(pairs.start, pairs.stop, device=steps.device)
+            pair = torch.arange(pairs.start, pairs.stop)
             j, n = pair // samples, pair % samples
-            terms = self._terms(chain, trajectory, j, n)
-            keep = terms.detach() <= factors[j, 1]
-            total = total + (terms * factors[j, 0] * keep * trajectory.weight[n]).sum()
-            capped += (~keep).sum()
+            terms, norms = self._terms(chain, trajectory, j, n)
+            dropped = terms.detach() > factors[j, 1]
+            total = total + (terms.where(~dropped, 0.0) * factors[j, 0] * trajectory.weight[n]).sum()
+            capped = capped + dropped.sum()
+            control_norm = control_norm + norms.sum()
             largest = torch.maximum(largest, terms.detach().max())
         chain.evaluations.pairs += samples * len(steps)
         logged = {
             "term_max": largest,
-            "capped_fraction": capped / (samples * len(steps)),
-            "adjoint_norm": trajectory.adjoint[0].flatten(1).norm(dim=1).mean(),
+            "control_norm": control_norm / (samples * len(steps)),
+            "adjoint_norm_noise": _mean_norm(trajectory.adjoint[0]),
+            "adjoint_norm_data": trajectory.lam * _mean_norm(cast(Tensor, trajectory.reward_gradient)),
         }
-        if self.loss_cap is None:
-            del logged["capped_fraction"]
+        if self.loss_cap is not None:
+            logged["capped_fraction"] = capped / (samples * len(steps))
         return total / (good * len(steps)), logged
 
-    def _terms(self, chain: Chain, trajectory: Trajectory, j: Tensor, n: Tensor) -> Tensor:
-        """The terms of the pairs (supervised[j], n), (P,), by one (checkpointed) network call."""
+    def _terms(self, chain: Chain, trajectory: Trajectory, j: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms of the pairs (supervised[j], n) and the norms |u|, (P,), by one (checkpointed) network call."""
         assert trajectory.supervised is not None and trajectory.adjoint is not None
         k = trajectory.supervised[j]
         x, adjoint = trajectory.states[k, n], trajectory.adjoint[j, n]
@@ -209,15 +187,16 @@ class AdjointMatching(Loss):
         scale = self.sampler.guidance_scale if self.control_guidance is None else self.control_guidance
         base_mean = self._control_base_mean(chain, trajectory, condition, scale, j, n)
 
-        def terms(x: Tensor) -> Tensor:
+        def terms(x: Tensor) -> tuple[Tensor, Tensor]:
             output = chain.output(self.predictor, x, k, condition, scale, self.unconditional_gradient)
             law = chain.kernel(self.predictor, output, x, k)
-            return adjoint_matching_terms(control(law.mean, base_mean, law.std), law.std, adjoint)
+            u = control(law.mean, base_mean, law.std)
+            return adjoint_matching_terms(u, law.std, adjoint), u.detach().flatten(1).norm(dim=1)
 
         both = scale != 1 and self.unconditional_gradient
         chain.evaluations.backward += len(x) * self.predictor.backward_cost * (2 if both else 1)
         if self.checkpoint:
-            return cast(Tensor, checkpoint(terms, x, use_reentrant=False))
+            return cast(tuple[Tensor, Tensor], checkpoint(terms, x, use_reentrant=False))
         return terms(x)
 
     def _control_base_mean(
@@ -229,7 +208,7 @@ class AdjointMatching(Loss):
         if swept == scale:
             return trajectory.base_mean[j, n]
         k = trajectory.supervised[j]
-        with torch.no_grad(), self.predictor.base() as base:
+        with torch.no_grad(), evaluating(self.predictor), self.predictor.base() as base:
             x = trajectory.states[k, n]
             return chain.kernel(base, chain.output(base, x, k, condition, scale), x, k).mean
 
@@ -254,3 +233,7 @@ class AdjointMatching(Loss):
         # 1/2 |u + std a|^2 = h/2 |u/sqrt(h) + sigma a|^2, the bracket being the published term.
         cap = torch.full_like(std, torch.inf) if self.loss_cap is None else h / 2 * self.loss_cap * lam**2
         return torch.stack([factor, cap], 1)
+
+
+def _mean_norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).mean()

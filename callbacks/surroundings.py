@@ -1,0 +1,64 @@
+"""What surrounds a rollout: the user's batch, the ranks, the precision, the device, the global seed."""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..condition import Prompts
+
+__all__ = ["device_and_dtype", "global_numbers", "global_seed", "network_context", "prompts_of", "world_of"]
+
+
+def prompts_of(batch: Any) -> tuple[Prompts, int]:
+    """Read the prompts of a user's batch.
+
+    Args:
+        batch: a sequence of strings; a mapping with the key "prompt" or "prompts"; or a tensor, whose length is the
+            number of unconditional draws.
+
+    Returns:
+        The prompts (None without) and their number.
+    """
+    if isinstance(batch, Tensor):
+        return None, len(batch)
+    if isinstance(batch, dict):
+        for key in ("prompt", "prompts"):
+            if key in batch:
+                return prompts_of(batch[key])
+    if isinstance(batch, (list, tuple)) and all(isinstance(p, str) for p in batch) and len(batch) > 0:
+        return list(batch), len(batch)
+    raise TypeError(
+        f"a batch is a list of prompts, a mapping with 'prompt', or a tensor of draws, not {type(batch).__name__}"
+    )
+
+
+def global_numbers(host: Any, size: int, each: int) -> list[int]:
+    """Numbers of this process's samples among all: Lightning deals a batch's conditions out to the ranks in turn."""
+    world, rank = world_of(host)
+    return [(i * world + rank) * each + j for i in range(size) for j in range(each)]
+
+
+def world_of(host: Any) -> tuple[int, int]:
+    """How many processes there are, and the number of this one."""
+    trainer = host._trainer
+    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+
+
+def network_context(host: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """The precision plugin's context: Lightning does not enter it outside of the training step."""
+    trainer = host._trainer
+    return nullcontext if trainer is None else trainer.precision_plugin.forward_context
+
+
+def device_and_dtype(host: Any) -> tuple[torch.device, torch.dtype]:
+    """Device of the host; states are float32, or float64 for a float64 host, whatever the network's dtype."""
+    return host.device, torch.float64 if host.dtype == torch.float64 else torch.float32
+
+
+def global_seed() -> int:
+    """The seed that `seed_everything` left behind, or 0."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
