@@ -106,7 +106,7 @@ class AdjointMatching(Loss):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, lam=lam, allow_non_memoryless=allow_non_memoryless, **kwargs)
-        if supervised_steps != "all" and (isinstance(supervised_steps, str) or supervised_steps < 1):
+        if supervised_steps != "all" and not (isinstance(supervised_steps, int) and supervised_steps >= 1):
             raise ValueError(f"supervised_steps must be 'all' or at least 1, not {supervised_steps!r}")
         if last_steps < 0 or (last_steps > 0 and supervised_steps == "all"):
             raise ValueError(f"last_steps: {last_steps} adds to an integer supervised_steps; 'all' has them already")
@@ -236,4 +236,5 @@ class AdjointMatching(Loss):
 
 
 def _mean_norm(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1).mean()
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1).mean()
+    return norm
