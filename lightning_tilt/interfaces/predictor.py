@@ -38,6 +38,8 @@ class Predictor(nn.Module, ABC):
 
     def __init__(self) -> None:
         super().__init__()
+        self._prefix = ""
+        self.register_load_state_dict_pre_hook(_learn_prefix)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_forgive_frozen)  # type: ignore[no-untyped-call]
 
     @abstractmethod
@@ -88,11 +90,14 @@ class ExportablePredictor(Predictor):
         """Write what was trained into `folder`."""
 
 
+def _learn_prefix(module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+    """Remember where in the host this predictor stands: the hook below is not told."""
+    assert isinstance(module, Predictor)
+    module._prefix = prefix
+
+
 def _forgive_frozen(module: nn.Module, incompatible: Any) -> None:
     """Drop the predictor's frozen names from the keys that a strict load would miss."""
     assert isinstance(module, Predictor)
-    everything = set(nn.Module.state_dict(module)) - set(module.trained_parameters())
-    # Keys carry the host's prefix ("predictor."), which this module cannot know: compare by the end of the name.
-    incompatible.missing_keys[:] = [
-        key for key in incompatible.missing_keys if not any(("." + key).endswith("." + name) for name in everything)
-    ]
+    frozen = {module._prefix + name for name in set(nn.Module.state_dict(module)) - set(module.trained_parameters())}
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key not in frozen]
