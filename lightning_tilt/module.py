@@ -28,6 +28,10 @@ class TiltModule(LightningModule):
         reward: what is maximised.
         optimizer: makes the optimiser of the trained parameters.
         lr_scheduler: makes a learning-rate scheduler, stepped after every update; None: constant.
+            `ReduceLROnPlateau` watches `train/reward`, which is to grow: it needs `mode: max`.
+
+    Raises:
+        ValueError: when the optimisers are made, for a `ReduceLROnPlateau` of another mode.
     """
 
     def __init__(
@@ -49,18 +53,21 @@ class TiltModule(LightningModule):
         optimizer = self._optimizer(list(self.predictor.trained_parameters().values()))
         if self._lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = self._lr_scheduler(optimizer)
+        settings: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if scheduler.mode != "max":
+                raise ValueError("ReduceLROnPlateau watches train/reward, which is to grow: give it mode: max")
+            settings["monitor"] = "train/reward"
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def on_validation_epoch_start(self) -> None:
         """Forget the samples of the last validation."""
-        self._seen = _Seen()
+        self._seen = _Seen(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Forget the samples of the last test."""
-        self._seen = _Seen()
+        self._seen = _Seen(self.device)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sample the current model, always from the same seeds."""
@@ -92,19 +99,20 @@ class TiltModule(LightningModule):
         trajectory = trajectory[trajectory.weight > 0]  # without samples that were skipped
         if len(trajectory) == 0:
             return
-        self._seen.reward.to(self.device).update(trajectory.reward)
+        self._seen.reward.update(trajectory.reward)
         images = self._decode(trajectory)
         group = trajectory.index if trajectory.prompts is not None else torch.zeros_like(trajectory.index)
         for g in group.unique().tolist():
             if int((group == g).sum()) > 1:
-                self._seen.diversity.to(self.device).update(images[group == g])
+                self._seen.diversity.update(images[group == g])
 
     def _report(self, name: str) -> None:
         estimate = self._seen.reward.compute()
         values = {f"{name}/reward": estimate["mean"], f"{name}/reward_se": estimate["se"]}
-        if self._seen.diversity.update_called:
+        # `compute` waits for all processes: all of them enter it, or none, whoever saw groups of its own.
+        if int(self.trainer.strategy.reduce(self._seen.diversity.groups.clone(), reduce_op="sum")) > 0:
             values[f"{name}/diversity"] = self._seen.diversity.compute()
-        self.log_dict(values)
+        self.log_dict(values, sync_dist=True)  # the metrics are summed over the processes: a mean of equal numbers
 
     def _decode(self, trajectory: Trajectory) -> Tensor:
         cuts = slices(len(trajectory), find_sampler(self).reward_micro_batch)
@@ -116,7 +124,7 @@ class TiltModule(LightningModule):
 
 
 class _Seen:
-    """What a validation has seen so far."""
+    """What a validation has seen so far, on the device that processes exchange it from."""
 
-    def __init__(self) -> None:
-        self.reward, self.diversity = MeanWithError(), PairwiseDiversity()
+    def __init__(self, device: torch.device) -> None:
+        self.reward, self.diversity = MeanWithError().to(device), PairwiseDiversity().to(device)
