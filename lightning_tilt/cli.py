@@ -15,7 +15,7 @@ import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 # Imported so that their short names resolve in YAML and on the command line.
 import lightning_tilt.callbacks
@@ -53,16 +53,25 @@ class TiltParser(LightningArgumentParser):
 
 
 class SaveRun(SaveConfigCallback):
-    """Save the resolved configuration in the run's folder, and the model's part of it in every checkpoint."""
+    """Save the resolved configuration in the run's folder, and the model's part of it in every checkpoint.
+
+    That is done when a fit starts, after all set-up: what is refused there has touched nothing in the folder.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Save it for a fit, and beside the earlier one where a run is resumed."""
-        folder = trainer.log_dir
-        if stage != "fit" or folder is None:
+        """Nothing yet."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on beside them."""
+        folder = trainer.log_dir  # processes agree on it, so all of them ask
+        if folder is None or self.already_saved:
             return
-        if trainer.is_global_zero and not self.already_saved:
-            set_aside(Path(folder) / "config.yaml")
-        super().setup(trainer, pl_module, stage)
+        if trainer.is_global_zero:
+            kept = keep_previous(trainer.default_root_dir) if trainer.ckpt_path is None else None
+            if kept is not None:
+                rank_zero_info(f"An earlier run was here; its outputs are now in {kept}")
+            set_aside(Path(folder) / self.config_filename)
+        super().setup(trainer, pl_module, "fit")  # writes the file, and lets no process run ahead
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plain class paths and arguments: `load_from_checkpoint` and `--ckpt_path` rebuild the model from them."""
@@ -110,15 +119,6 @@ class TiltCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
 
-    @rank_zero_only
-    def before_fit(self) -> None:
-        """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on with them."""
-        if self.config.fit.ckpt_path:
-            return
-        kept = keep_previous(self.config.fit.trainer.default_root_dir)
-        if kept is not None:
-            rank_zero_info(f"An earlier run was here; its outputs are now in {kept}")
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Without another logger, metrics go to `metrics.csv` in the run's folder."""
         config = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
@@ -134,7 +134,14 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
         path = args[args.index("--ckpt_path") + 1]
     if path is None or not args or not Path(path).is_file():
         return args
-    hparams = torch.load(path, weights_only=True, map_location="cpu").get("hyper_parameters", {})
+    try:
+        hparams = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"--ckpt_path: {path} cannot be read as a checkpoint, a file of plain data that a fit wrote: "
+            f"{type(error).__name__}: {reason}"
+        ) from error
     if "_class_path" not in hparams:
         return args
     init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
@@ -148,6 +155,13 @@ def _quieter() -> None:
     # Lightning 2.6 under torch 2.13, upstream
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    # said where a run is looked at, and where its earlier outputs are about to be moved aside
+    for told in (
+        "Be aware that when using `ckpt_path`",
+        "The dirpath has changed",
+        "Checkpoint directory .* not empty",
+    ):
+        warnings.filterwarnings("ignore", message=told)
     # an advertisement of the Trainer's
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
 
@@ -166,7 +180,7 @@ def main(args: Sequence[str] | None = None) -> None:
         line = users_mistake(error)
         if line is None or os.environ.get("LIGHTNING_TILT_DEBUG", "0") != "0":
             raise
-        sys.stderr.write(f"lightning-tilt: error: {line}\n")
+        sys.stderr.write(f"lightning-tilt: error: {line} (LIGHTNING_TILT_DEBUG=1 shows the traceback)\n")
         raise SystemExit(1) from None
 
 

@@ -121,7 +121,8 @@ def test_wrong_rewards(tmp_path: Path) -> None:
 
 def test_tracebacks_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = ["validate", *overlay(TOY, tmp_path), "--sampler.steps", "0"]
-    assert_one_line(tilt(*args), 1, "sampler.steps must be at least 1, not 0")
+    told = "sampler.steps must be at least 1, not 0 (LIGHTNING_TILT_DEBUG=1 shows the traceback)"
+    assert_one_line(tilt(*args), 1, told)
     monkeypatch.setenv("LIGHTNING_TILT_DEBUG", "1")
     with pytest.raises(ValueError, match="must be at least 1"):
         tilt(*args)
@@ -132,12 +133,41 @@ def test_missing_checkpoint(tmp_path: Path) -> None:
     assert_one_line(result, 1, "no.ckpt")
 
 
+def test_unreadable_checkpoint(tmp_path: Path) -> None:
+    args = ["fit", *overlay(TOY, tmp_path), "--ckpt_path", tmp_path / "bad.ckpt"]
+    for content in (b"", b"no checkpoint", b"PK\x03\x04" + bytes(100)):
+        (tmp_path / "bad.ckpt").write_bytes(content)
+        assert_one_line(tilt(*args), 1, "bad.ckpt cannot be read as a checkpoint")
+
+
+UNFIT = """
+import torch
+from lightning_tilt.rewards import Reward
+
+class Blind(Reward):
+    is_differentiable = False
+    def score(self, images, prompts):
+        return images.flatten(1).sum(1)
+"""
+
+
 def test_a_mistake_leaves_the_earlier_run_in_place(tmp_path: Path) -> None:
-    args = ["fit", *overlay(TOY, tmp_path)]
-    (tmp_path / "report.json").write_text("{}")
-    for wrong in (["--sampler.steps", "0"], ["--data", "PromptDataModule", "--data.prompts", "nowhere.txt"]):
-        assert tilt(*args, *wrong).status == 1
-    assert (tmp_path / "report.json").read_text() == "{}" and not (tmp_path / "previous").exists()
+    (tmp_path / "unfit_rewards.py").write_text(UNFIT)
+    run = tmp_path / "run"
+    args = ["fit", *overlay(TOY, run)]
+    left = {"report.json": "{}", "config.yaml": "lam: 3", "metrics.csv": "step\n1\n"}
+    for name, text in left.items():
+        (run / name).write_text(text)
+    for wrong, line in (
+        (["--sampler.steps", "0"], "sampler.steps must be at least 1"),
+        (["--data", "PromptDataModule", "--data.prompts", "nowhere.txt"], "there is no prompt file"),
+        # Refused by the loss when the fit is set up, and by a callback when it starts.
+        (["--model.reward", "unfit_rewards.Blind"], "needs the gradient of the reward, and Blind has none"),
+        (["--trainer.callbacks+=ExportWeights"], "NeuralTilt has no save(folder)"),
+    ):
+        assert_one_line(tilt(*args, *wrong, cwd=tmp_path), 1, line)
+    assert all((run / name).read_text() == text for name, text in left.items())
+    assert not (run / "previous").exists()
 
 
 def test_a_setting_that_the_trainer_refuses(tmp_path: Path) -> None:
