@@ -1,16 +1,13 @@
 """`TiltReport`: did the tuned model reach the tilt?  Base, tuned and exact, each with its standard error.
 
-For every prompt, base samples x_i of the very chain that is tuned give the exact tilt by reweighting,
-
-    E*[r] = sum_i exp(lam r_i) r_i / sum_i exp(lam r_i),
-
-and tuned paths, with weights log w = lam r - log dP_theta/dP_base, give ESS and log Z.  Prompts are the strata: numbers
-are means over prompts, standard errors those of the samples (delta method; `identities`).
+What the numbers are is said in `comparison`; here the samples are drawn, of the base before the fit and of the tuned
+model after it, on the same prompts from the same noise.  Several processes deal the prompts out among them: each prompt
+is sampled by one, with the noise that a single process would draw.
 """
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,44 +16,36 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from ..chain import slices
-from ..identities import Estimate, expectation, log_partition, mean, stratified
-from ..interfaces import ImageEmbedding, Reward, Sampler, find_sampler
+from ..chain import Evaluations, evaluating, slices
+from ..interfaces import ImageEmbedding, Reward, find_sampler
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
+from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
-from .sampler import prompts_of
+from .processes import alone, gathered, moved
+from .surroundings import prompts_of
 from .versions import versions
 
 __all__ = ["TiltReport"]
 
 
-@dataclass
-class _Samples:
-    """What one model's samples gave, one entry a prompt."""
-
-    rewards: list[Tensor]
-    judged: dict[str, list[Tensor]]
-    diversity: list[float]
-    log_w: list[Tensor]
-    shown: list[Tensor]
-
-
 class TiltReport(Callback):
     """Compare base, tuned and exact tilt, and leave `report.json` and pictures in the run's folder.
-
-    Before the fit the base is sampled, after it the tuned model, on the same prompts from the same noise.
 
     Args:
         base_samples: base samples a prompt, which also give the exact tilt by reweighting.
         tuned_samples: tuned samples a prompt.
-        micro_batch: samples in one network call; None: all of a prompt.
+        micro_batch: samples at once in what the report adds to a rollout - decoding, judges, embedding, path weights;
+            None: all of a prompt.  Rollout and reward are cut by the sampler's own `rollout_micro_batch` and
+            `reward_micro_batch`.
+        prompts: what to report on: a file with one prompt a line, or a list of strings; None: the datamodule's
+            validation prompts, or a density.
         judges: further rewards, not trained on, by name: their means appear as `<name>_base`, `<name>_tuned`.
         embedding: what embeds images (CLIPScore), in whose space diversity is measured; None: in the
             space of the decoded images themselves.
         diversity_samples: samples a prompt that diversity is measured on.
-        shown: images a prompt in `before_after.png`.
+        shown: images a prompt in `before_after.png`; a sample without a finite reward is white.
         density: name of the density, for toy problems; None: left out.
     """
 
@@ -65,6 +54,7 @@ class TiltReport(Callback):
         base_samples: int = 256,
         tuned_samples: int = 64,
         micro_batch: int | None = None,
+        prompts: str | list[str] | None = None,
         judges: dict[str, Reward] | None = None,
         embedding: ImageEmbedding | None = None,
         diversity_samples: int = 64,
@@ -75,66 +65,118 @@ class TiltReport(Callback):
         self.base_samples = base_samples
         self.tuned_samples = tuned_samples
         self.micro_batch = micro_batch
+        self.prompts: list[str] | None = None
+        if prompts is not None:
+            from ..data import read_prompts
+
+            self.prompts = read_prompts(prompts)
         self.judges = judges or {}
         self.embedding = embedding
         self.diversity_samples = diversity_samples
         self.shown = shown
         self.density = density
         self._seconds: dict[str, float] = {}
-        self._base: _Samples | None = None
+        self._asked: list[str | None] = []
+        self._base: list[PromptSamples] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the base."""
         for part in (*self.judges.values(), self.embedding):
             if isinstance(part, torch.nn.Module):
                 part.to(pl_module.device)
+        self._asked = [*self.prompts] if self.prompts is not None else _validation_prompts(trainer)
         start = time.perf_counter()
         rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
-        self._base = self._sample(trainer, pl_module, self.base_samples, base=True)
+        self._base = self._sample(pl_module, self.base_samples, base=True)
         self._seconds = {"base": time.perf_counter() - start}
         self._fit_start = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the tuned model and write everything."""
-        assert self._base is not None
         self._seconds["fit"] = time.perf_counter() - self._fit_start
         start = time.perf_counter()
         rank_zero_info(f"TiltReport: sampling the tuned model, {self.tuned_samples} samples a prompt ...")
-        tuned = self._sample(trainer, pl_module, self.tuned_samples, base=False)
+        with moved(pl_module, trainer.strategy.root_device):
+            tuned = self._sample(pl_module, self.tuned_samples, base=False)
         self._seconds["tuned"] = time.perf_counter() - start
-        self._write(trainer, pl_module, self._base, tuned)
+        counts = gathered(find_sampler(pl_module).evaluations)
+        total = Evaluations(*(sum(c.__dict__[f.name] for c in counts) for f in fields(Evaluations)))
+        self._write(trainer, pl_module, tuned, total)
 
-    def _sample(self, trainer: Trainer, host: Any, n: int, base: bool) -> _Samples:
-        sampler = find_sampler(host)
-        samples = _Samples([], {name: [] for name in self.judges}, [], [], [])
-        for number, prompt in enumerate(_prompts(trainer)):
-            batch: Any = torch.zeros(1) if prompt is None else [prompt]
-            trajectory = sampler.rollout(
-                host, batch, stream="report", number=number, base=base, samples_per_condition=n
+    def _sample(self, host: Any, n: int, base: bool) -> list[PromptSamples]:
+        """The samples of all prompts, on every process."""
+        world, rank, asked = host.trainer.world_size, host.trainer.global_rank, self._asked
+        # As many prompts on every process, some of them twice, since the network of a sharded model is called together.
+        mine = range(rank, -(-len(asked) // world) * world, world)
+        own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
+        found = {i: samples for part in gathered(own) for i, samples in part}
+        return [found[i] for i in range(len(asked))]
+
+    @torch.no_grad()
+    def _sample_prompt(self, host: Any, number: int, n: int, base: bool) -> PromptSamples:
+        prompt = self._asked[number]
+        batch: Any = torch.zeros(1) if prompt is None else [prompt]
+        path = find_sampler(host).rollout(
+            alone(host), batch, stream="report", number=number, base=base, samples_per_condition=n
+        )
+        good = path.weight.cpu() > 0
+        if not bool(good.any()):
+            raise FloatingPointError(
+                f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
+                f"{'the density' if prompt is None else repr(prompt)} has a finite reward; mend the reward, or remove "
+                "the prompt"
             )
-            trajectory = trajectory[trajectory.weight > 0]
-            images = _decoded(host, trajectory, self.micro_batch)
-            prompts = None if prompt is None else [prompt] * len(images)
-            samples.rewards.append(trajectory.reward.double().cpu())
-            with torch.no_grad():
-                for name, judge in self.judges.items():
-                    samples.judged[name].append(judge.score(images, prompts).double().cpu())
-                some = images[: self.diversity_samples]
-                features = some if self.embedding is None else self.embedding.embed_images(some)
-            samples.diversity.append(float(pairwise_diversity(features)))
-            samples.shown.append(images[: self.shown if images.ndim == 4 else None].float().cpu())
-            if not base:
-                samples.log_w.append(_log_w(sampler, host, trajectory, self.micro_batch).double().cpu())
-        return samples
+        rewards = path.reward.double().cpu()
+        log_w = host.lam.lam * rewards - (0 if base else self._log_ratio(host, path).double().cpu())
+        judged, features, shown = self._look(host, path, prompt, good)
+        return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown)
+
+    def _look(
+        self, host: Any, path: Trajectory, prompt: str | None, good: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """What judges say of the good samples, features of the first of them, and what is shown."""
+        judged: dict[str, list[Tensor]] = {name: [] for name in self.judges}
+        features: list[Tensor] = []
+        shown: list[Tensor] = []
+        for i in slices(len(path), self.micro_batch):
+            images = host.predictor.decode(path.end[i])
+            fine = images[good[i].to(images.device)]
+            missing = self.diversity_samples - sum(map(len, features))
+            if images.ndim == 4:
+                blank = torch.where(good[i].to(images.device)[:, None, None, None], images, 1.0)
+                shown.append(blank[: max(self.shown - i.start, 0)].float().cpu())
+            else:
+                shown.append(fine.float().cpu())
+            if len(fine) == 0:
+                continue
+            for name, judge in self.judges.items():
+                score = judge.score(fine, None if prompt is None else [prompt] * len(fine))
+                judged[name].append(score.double().cpu())
+            if missing > 0:
+                some = fine[:missing]
+                features.append((some if self.embedding is None else self.embedding.embed_images(some)).cpu())
+        return {name: torch.cat(parts) for name, parts in judged.items()}, torch.cat(features), torch.cat(shown)
+
+    def _log_ratio(self, host: Any, path: Trajectory) -> Tensor:
+        """Log dP_theta/dP_base: one base evaluation a state."""
+        sampler = find_sampler(host)
+        chain = sampler.chain(host, count=False)
+        ratios = []
+        with evaluating(host.predictor), host.predictor.base() as base:
+            for i in slices(len(path), self.micro_batch):
+                part = path[i]
+                mean = chain.mean(base, part.condition[part.index], sampler.guidance_scale)
+                ratios.append(chain.log_ratio(part, mean))
+        return torch.cat(ratios)
 
     @rank_zero_only
-    def _write(self, trainer: Trainer, host: Any, base: _Samples, tuned: _Samples) -> None:
-        sampler, folder = find_sampler(host), Path(trainer.default_root_dir)
+    def _write(self, trainer: Trainer, host: Any, tuned: list[PromptSamples], evaluations: Evaluations) -> None:
+        sampler, folder, base = find_sampler(host), Path(trainer.default_root_dir), self._base
         report = compare(base, tuned, host.lam.lam, sampler.weighted)
         report |= {
             "loss": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(host).__name__.removesuffix("Task")).lower(),
             "reward": type(host.reward).__name__,
-            "evaluations": sampler.evaluations.as_dict(),
+            "evaluations": evaluations.as_dict(),
             "updates": trainer.global_step,
             "seconds": sum(self._seconds.values()),
             "seconds_by_part": self._seconds,
@@ -146,87 +188,27 @@ class TiltReport(Callback):
         write_json(folder / "report.json", report)
         for name in ("before_after.png", "reward_histogram.png", "curves.png"):
             set_aside(folder / name)
-        before_after(folder / "before_after.png", _prompts(trainer), base.shown, tuned.shown)
-        reward_histogram(folder / "reward_histogram.png", base.rewards, tuned.rewards, host.lam.lam)
+        before_after(folder / "before_after.png", self._asked, [s.shown for s in base], [s.shown for s in tuned])
+        rewards = [[s.rewards for s in samples] for samples in (base, tuned)]
+        reward_histogram(folder / "reward_histogram.png", *rewards, host.lam.lam)
         if (folder / "metrics.csv").exists():
             curves(folder / "curves.png", folder / "metrics.csv", report)
         rank_zero_info(_summary(report, folder))
 
 
-def compare(base: _Samples, tuned: _Samples, lam: float, weighted: bool) -> dict[str, Any]:
-    """The numbers of a report: base, tuned and exact, and how far apart they are.
-
-    Args:
-        base: samples of the base.
-        tuned: samples of the tuned model, on the same prompts.
-        lam: multiplier of the tilt.
-        weighted: whether the tuned paths' weights mean something; without, ESS and log Z are None.
-    """
-    exact = stratified([expectation(r, lam * r) for r in base.rewards])
-    reward_base, reward_tuned = _mean(base.rewards), _mean(tuned.rewards)
-    log_z = stratified([log_partition(w) for w in tuned.log_w]) if weighted else None
-    way = exact.mean - reward_base.mean
-    report: dict[str, Any] = {
-        "lam": lam,
-        "reward_base": reward_base.as_dict(),
-        "reward_tuned": reward_tuned.as_dict(),
-        "reward_exact": {**exact.as_dict(), "ess": exact.ess},
-        "reward_base_std": float(torch.cat(base.rewards).std()),
-        "way": (reward_tuned.mean - reward_base.mean) / way if way else None,
-        "ess": log_z.ess if log_z else None,
-        "log_z": log_z.as_dict() if log_z else None,
-        "log_z_base": stratified([log_partition(lam * r) for r in base.rewards]).as_dict(),
-        "diversity_base": sum(base.diversity) / len(base.diversity),
-        "diversity_tuned": sum(tuned.diversity) / len(tuned.diversity),
-    }
-    for name in base.judged:
-        for kind, samples in (("base", base), ("tuned", tuned)):
-            estimate = _mean(samples.judged[name])
-            report[f"{name}_{kind}"], report[f"{name}_{kind}_se"] = estimate.mean, estimate.se
-    report["warnings"] = [
-        f"{name}: ESS {e.ess:.2f} of {e.n} samples; below ESS .5 or n 1000 an interval of 1.96 se is too short"
-        for name, e in (("reward_exact", exact), ("log_z", log_z))
-        if e is not None and not e.trustworthy
-    ]
-    return report
-
-
-def _mean(values: list[Tensor]) -> Estimate:
-    return stratified([mean(v) for v in values])
-
-
-def _prompts(trainer: Trainer) -> list[str | None]:
+def _validation_prompts(trainer: Trainer) -> list[str | None]:
     """The validation prompts, each once, in order; [None] for a density."""
     datamodule: LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
     if datamodule is None:
         raise TypeError(
             "TiltReport takes its prompts from the validation prompts of a datamodule, and the Trainer was given none: "
-            "trainer.fit(module, datamodule=PromptDataModule(...))"
+            "TiltReport(prompts=[...]), or trainer.fit(module, datamodule=PromptDataModule(...))"
         )
-    loader = datamodule.val_dataloader()
     found: dict[str | None, None] = {}
-    for batch in loader:
+    for batch in datamodule.val_dataloader():
         prompts, _ = prompts_of(batch)
         found.update((prompt, None) for prompt in (prompts or [None]))  # type: ignore[list-item]
     return list(found)
-
-
-def _decoded(host: Any, trajectory: Trajectory, micro_batch: int | None) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([host.predictor.decode(trajectory.end[i]) for i in slices(len(trajectory), micro_batch)])
-
-
-def _log_w(sampler: Sampler, host: Any, trajectory: Trajectory, micro_batch: int | None) -> Tensor:
-    """Lam r - log dP_theta/dP_base: one base evaluation a state."""
-    chain = sampler.chain(host, count=False)
-    ratios = []
-    with torch.no_grad(), host.predictor.base() as base:
-        for i in slices(len(trajectory), micro_batch):
-            part = trajectory[i]
-            condition = part.condition[part.index]
-            ratios.append(chain.log_ratio(part, chain.mean(base, condition, sampler.guidance_scale)))
-    log_w: Tensor = host.lam.lam * trajectory.reward - torch.cat(ratios)
-    return log_w
 
 
 def _summary(report: dict[str, Any], folder: Path) -> str:

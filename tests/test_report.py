@@ -16,7 +16,7 @@ from toys import AffineControl, PromptedNet, SumReward, gaussian, trainer
 from lightning_tilt.callbacks import TiltReport, TrajectorySampler
 from lightning_tilt.data import DrawsDataModule, PromptDataModule
 from lightning_tilt.interfaces import ImageEmbedding, Prompts, Reward
-from lightning_tilt.loggers import RunLogger
+from lightning_tilt.loggers import RunLogger, read_metrics
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.rewards import QuadraticReward
 from lightning_tilt.tasks import AdjointMatchingTask
@@ -97,10 +97,14 @@ def rewards(task: AdjointMatchingTask, prompt: str | None, number: int, n: int, 
 
 
 def reweighted(values: list[float]) -> tuple[float, float]:
-    """sum exp(lam r) r / sum exp(lam r) and its standard error."""
+    """sum exp(lam r) r / sum exp(lam r) and its standard error, jackknifed."""
     w = [math.exp(LAM * r) for r in values]
-    centre = sum(a * r for a, r in zip(w, values, strict=True)) / sum(w)
-    return centre, math.sqrt(sum((a * (r - centre)) ** 2 for a, r in zip(w, values, strict=True))) / sum(w)
+    n, total = len(w), sum(w)
+    whole = sum(a * r for a, r in zip(w, values, strict=True)) / total
+    # Without sample i; where it has nearly all the weight, a share of 1/n is left for the others.
+    left_out = [whole - a / total * (r - whole) / max(1 - a / total, 1 / n) for a, r in zip(w, values, strict=True)]
+    centre = sum(left_out) / n
+    return n * whole - (n - 1) * centre, math.sqrt((n - 1) / n * sum((e - centre) ** 2 for e in left_out))
 
 
 def close(estimate: dict[str, float], true: float, errors: float = 3.0) -> bool:
@@ -150,7 +154,7 @@ def test_keys_and_counts(density: Any, prompted: Any) -> None:
     forward = 3 * 4 * (STEPS + STEPS + (STEPS - 1))
     assert report["evaluations"]["forward"] == forward and report["evaluations"]["pairs"] == 3 * 4 * (STEPS - 1)
     assert report["density"] == "gaussian" and report["reward"] == "QuadraticReward"
-    assert report["loss"] == "AdjointMatching" and report["reward_base"]["n"] == 20_000
+    assert report["loss"] == "adjoint_matching" and report["reward_base"]["n"] == 20_000
     _, report, _ = prompted
     assert {"bright_base", "bright_tuned", "bright_base_se", "bright_tuned_se"} <= set(report)
     assert "density" not in report
@@ -198,7 +202,9 @@ def test_report_does_not_disturb_training(tmp_path: Path) -> None:
         task, _ = run(tmp_path / name, images(), SumReward(), data, report, lr=0.05)
         trained.append({n: p.detach().clone() for n, p in task.predictor.named_parameters()})
     assert all(torch.equal(value, trained[1][n]) for n, value in trained[0].items())
-    assert (tmp_path / "with/metrics.csv").read_text() == (tmp_path / "without/metrics.csv").read_text()
+    logged = [read_metrics(tmp_path / name / "metrics.csv") for name in ("with", "without")]
+    with_it, without = ({k: v for k, v in found.items() if "seconds" not in k} for found in logged)
+    assert with_it == without
 
 
 class Sometimes(SumReward):
@@ -262,3 +268,115 @@ def test_no_datamodule_names_the_mend(tmp_path: Path) -> None:
     fitter = trainer([TrajectorySampler(steps=2), TiltReport()], default_root_dir=tmp_path)
     with pytest.raises(TypeError, match=r"datamodule=PromptDataModule"):
         fitter.fit(task, DataLoader([["one"]], batch_size=None))
+
+
+def test_prompts_of_its_own_serve_a_plain_loader(tmp_path: Path) -> None:
+    from torch.utils.data import DataLoader
+
+    (tmp_path / "prompts.txt").write_text("one\n\nseven\n")
+    found = []
+    for prompts in (["one", "seven"], str(tmp_path / "prompts.txt")):
+        task = AdjointMatchingTask(predictor=images(), reward=SumReward(), checkpoint=False)
+        report = TiltReport(base_samples=5, tuned_samples=4, prompts=prompts)
+        folder = tmp_path / type(prompts).__name__
+        sampler = TrajectorySampler(steps=2, samples_per_condition=1, seed=1)
+        trainer([sampler, report], default_root_dir=folder).fit(task, DataLoader([["one"]], batch_size=None))
+        found.append(json.loads((folder / "report.json").read_text()))
+    assert found[0]["reward_base"]["n"] == 10 and found[0]["reward_base"] == found[1]["reward_base"]
+
+
+class Counted(SumReward):
+    """Remembers how many images it was shown at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        assert prompts is not None and len(prompts) == len(images)
+        self.sizes.append(len(images))
+        return super().score(images, prompts)
+
+
+class CountedEmbedding(Threefold):
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        self.sizes.append(len(images))
+        return super().embed_images(images)
+
+
+def test_micro_batches_bound_what_is_judged_at_once(prompted: Any, tmp_path: Path) -> None:
+    judge, embedding = Counted(), CountedEmbedding()
+    report = TiltReport(
+        base_samples=12, tuned_samples=12, micro_batch=5, judges={"bright": judge}, embedding=embedding,
+        diversity_samples=7,
+    )  # fmt: skip
+    _, written = run(tmp_path, images(), SumReward(), PromptDataModule(WORDS, batch_size=2), report)
+    assert judge.sizes == [5, 5, 2] * 6 and embedding.sizes == [5, 2] * 6
+    assert written["bright_base"] == pytest.approx(prompted[1]["bright_base"], rel=1e-12)
+
+
+class Never(SumReward):
+    """Nothing finite for one prompt."""
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        assert prompts is not None
+        return torch.where(torch.tensor([p == "seven" for p in prompts]), torch.nan, super().score(images, prompts))
+
+
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_a_prompt_without_a_good_sample_is_named(tmp_path: Path) -> None:
+    data = PromptDataModule(WORDS, batch_size=2)
+    with pytest.raises(FloatingPointError, match=r"not one of 6 samples of the base for 'seven' has a finite reward"):
+        run(tmp_path, images(), Never(), data, TiltReport(base_samples=6), on_bad_reward="skip")
+
+
+class SometimesBright(SumReward):
+    """Not finite for bright images."""
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        bright = images.flatten(1).amax(1)
+        return torch.where(bright > 0.5, torch.nan, bright)
+
+
+@pytest.mark.filterwarnings("ignore:.*are left out")
+def test_pictures_stand_by_their_noise_where_samples_are_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr("lightning_tilt.callbacks.report.before_after", lambda *args: drawn.append(args))
+    report = TiltReport(base_samples=12, tuned_samples=9, micro_batch=2, shown=5)
+    data = PromptDataModule(WORDS, batch_size=2)
+    task, _ = run(tmp_path, images(), SometimesBright(), data, report, on_bad_reward="skip")
+    ((_, prompts, base, tuned),) = drawn
+    assert prompts == WORDS and all(torch.equal(b, t) and len(b) == 5 for b, t in zip(base, tuned, strict=True))
+    task.reward = SumReward()
+    blank = 0
+    for i, word in enumerate(WORDS):
+        path = task.sampler.rollout(task, [word], stream="report", number=i, base=True, samples_per_condition=12)
+        decoded = task.predictor.decode(path.end[:5]).float()
+        bad = decoded.flatten(1).amax(1) > 0.5
+        blank += int(bad.sum())
+        assert torch.equal(base[i], torch.where(bad[:, None, None, None], 1.0, decoded))
+    assert 0 < blank < 15
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning on forks and distributed loaders
+def test_two_processes_report_what_one_does(tmp_path: Path) -> None:
+    """The prompts are dealt out; the model does not move, so every number but times and counts is the same."""
+    reports = []
+    for name, options in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):
+        torch.manual_seed(2)
+        task = AdjointMatchingTask(
+            predictor=images(), reward=SumReward(), checkpoint=False, optimizer=lambda p: torch.optim.SGD(p, lr=0.0)
+        )
+        callbacks = [TrajectorySampler(steps=3, samples_per_condition=1, seed=3), TiltReport(12, 7, micro_batch=5)]
+        fitter = trainer(callbacks, default_root_dir=tmp_path / name, limit_val_batches=0, max_steps=1, **options)
+        fitter.fit(task, datamodule=PromptDataModule(WORDS, batch_size=1))
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    one, two = reports
+    assert two["evaluations"]["pairs"] == 2 * one["evaluations"]["pairs"] > 0
+    for key in set(one) - {"seconds", "seconds_by_part", "evaluations", "versions"}:
+        assert two[key] == (pytest.approx(one[key], rel=1e-6) if isinstance(one[key], (float, dict)) else one[key]), key

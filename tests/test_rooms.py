@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rewards": {"models", "assets", *SHARED},
     "metrics": SHARED,
     "data": {"assets", *SHARED},
-    "callbacks": {"models", "rewards", "metrics", "assets", "run", *SHARED},
+    "callbacks": {"models", "rewards", "metrics", "data", "assets", "run", *SHARED},
     "losses": {"models", "rewards", "metrics", "callbacks", *SHARED},
     "module": {"models", "rewards", "metrics", *SHARED},
     "run": SHARED,
