@@ -189,8 +189,8 @@ class TiltReport(Callback):
         for name in ("before_after.png", "reward_histogram.png", "curves.png"):
             set_aside(folder / name)
         before_after(folder / "before_after.png", self._asked, [s.shown for s in base], [s.shown for s in tuned])
-        rewards = [[s.rewards for s in samples] for samples in (base, tuned)]
-        reward_histogram(folder / "reward_histogram.png", *rewards, host.lam.lam)
+        rewards_base, rewards_tuned = ([s.rewards for s in samples] for samples in (base, tuned))
+        reward_histogram(folder / "reward_histogram.png", rewards_base, rewards_tuned, host.lam.lam)
         if (folder / "metrics.csv").exists():
             curves(folder / "curves.png", folder / "metrics.csv", report)
         rank_zero_info(_summary(report, folder))
