@@ -162,8 +162,9 @@ def _quieter() -> None:
         "Checkpoint directory .* not empty",
     ):
         warnings.filterwarnings("ignore", message=told)
-    # an advertisement of the Trainer's
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.msg)
+    # advertisements of the Trainer's
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger.addFilter(lambda record: "Tip: For seamless" not in str(record.msg))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ class Condition:
         size: B.
 
     Example:
+        >>> import torch
         >>> condition = Condition({"c": torch.arange(3.0)}, ["a", "b", "c"], 3)
         >>> condition[torch.tensor([2, 2, 0])].prompts
         ['c', 'c', 'a']

@@ -75,7 +75,7 @@ def sd15_loss(pipeline: StableDiffusionPipeline, x1: Tensor, prompts: list[str])
 
 
 def train_sd15(
-    digits: Digits, vae_folder: Path, steps: int = 8000, seed: int = 0
+    digits: Digits, vae_folder: Path, steps: int = 7000, seed: int = 0
 ) -> tuple[StableDiffusionPipeline, dict[str, float]]:
     """Train the U-Net and the text encoder; return the pipeline, in eval mode, and its losses."""
     torch.manual_seed(seed)

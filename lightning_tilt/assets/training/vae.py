@@ -4,8 +4,13 @@
 
 with the KL summed over the 256 latent numbers. The two model families scale the same latents differently:
 
-    SD 1.5:  x1 = z * scaling_factor                     scaling_factor = 1 / sqrt(mean z^2)
+    SD 1.5:  x1 = z * scaling_factor                     scaling_factor = .5 / sqrt(mean z^2)
     SD 3:    x1 = (z - shift_factor) * scaling_factor    shift_factor = mean z,  scaling_factor = 1 / std z
+
+SD 1.5's betas end at alpha = .068, not at 0: the first state of a chain still knows a little of the data, and no control
+can tilt what it knows.  What varies most in these small latents (the brightness of a whole digit, say) varies 20 times as
+much as a single number, so at unit scale a tenth of its variance is decided by the first state.  At half scale a fortieth
+is.
 """
 
 from __future__ import annotations
@@ -23,6 +28,8 @@ from .loop import fit
 __all__ = ["KL_WEIGHT", "build_vae", "decode", "encode", "load_vae", "train_vae"]
 
 KL_WEIGHT = 1e-3 / 256
+
+SD15_STD = 0.5
 
 
 def build_vae() -> AutoencoderKL:
@@ -84,6 +91,8 @@ def load_vae(cache: Path, kind: str = "sd15") -> AutoencoderKL:
         raise FileNotFoundError(f"No autoencoder in {cache}: run `python -m lightning_tilt.assets.training vae` first.")
     vae: AutoencoderKL = AutoencoderKL.from_pretrained(cache).eval().requires_grad_(False)
     vae.register_to_config(_name_or_path="autoencoder")  # not where it lay while this machine trained it
+    if kind == "sd15":
+        vae.register_to_config(scaling_factor=round(SD15_STD * vae.config.scaling_factor, 4))
     if kind == "sd3":
         moments = json.loads((cache / "figures.json").read_text())
         vae.register_to_config(scaling_factor=round(1 / moments["std"], 4), shift_factor=round(moments["mean"], 4))
