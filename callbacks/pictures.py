@@ -95,7 +95,7 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
     )
     axis.set_xlabel("reward")
     axis.set_ylabel("density")
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     _tidy(axis)
     figure.savefig(path, dpi=150)
 
@@ -120,7 +120,7 @@ def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> Non
         if name == "train/reward":
             for key, colour in (("reward_base", BASE), ("reward_exact", EXACT)):
                 axis.axhline(report[key]["mean"], color=colour, lw=1.2, ls="--", label=key.removeprefix("reward_"))
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=8, loc="lower right")
         elif name == "train/ess":
             axis.set_ylim(0, 1.02)
         elif min(v for _, v in points) > 0:
