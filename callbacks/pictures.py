@@ -32,7 +32,8 @@ def before_after(
         return _scatter(path, torch.cat(list(base)), torch.cat(list(tuned)))
     gap = torch.ones(3, base[0].shape[2], max(2, base[0].shape[3] // 4))
     rows = [torch.cat([*b, gap, *t], -1) for b, t in zip(base, tuned, strict=True)]
-    figure = Figure(figsize=(9, 0.2 + 0.62 * len(rows)), layout="constrained")
+    inches, (height, width) = 0.62, rows[0].shape[1:]
+    figure = Figure(figsize=(1.6 + inches * width / height, 0.3 + inches * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axis, row, prompt in zip(axes, rows, prompts, strict=True):
         axis.imshow(row.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
@@ -40,7 +41,8 @@ def before_after(
         axis.set_yticks([])
         axis.set_ylabel(prompt or "", rotation=0, ha="right", va="center", fontsize=8)
         axis.spines[:].set_visible(False)
-    axes[0].set_title("base" + " " * 60 + "tuned, from the same noise", fontsize=9)
+    for place, name in ((0.25, "base"), (0.75, "tuned, from the same noise")):
+        axes[0].text(place, 1.08, name, transform=axes[0].transAxes, ha="center", va="bottom", fontsize=9)
     figure.savefig(path, dpi=150)
     return None
 
