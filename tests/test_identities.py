@@ -35,7 +35,9 @@ def test_estimates_equal_naive_loops() -> None:
         whole, left_out = naive([*range(n)]), [naive([j for j in range(n) if j != i]) for i in range(n)]
         centre = sum(left_out) / n
         assert estimate.mean == pytest.approx(n * whole - (n - 1) * centre, rel=1e-12)
-        assert estimate.se == pytest.approx(math.sqrt((n - 1) / n * sum((e - centre) ** 2 for e in left_out)), rel=1e-12)
+        assert estimate.se == pytest.approx(
+            math.sqrt((n - 1) / n * sum((e - centre) ** 2 for e in left_out)), rel=1e-12
+        )
         assert (estimate.n, estimate.ess) == (n, ess(log_w))
 
     plain = mean(f)

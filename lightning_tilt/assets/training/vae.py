@@ -7,10 +7,10 @@ with the KL summed over the 256 latent numbers. The two model families scale the
     SD 1.5:  x1 = z * scaling_factor                     scaling_factor = .5 / sqrt(mean z^2)
     SD 3:    x1 = (z - shift_factor) * scaling_factor    shift_factor = mean z,  scaling_factor = 1 / std z
 
-SD 1.5's betas end at alpha = .068, not at 0: the first state of a chain still knows a little of the data, and no control
-can tilt what it knows.  What varies most in these small latents (the brightness of a whole digit, say) varies 20 times as
-much as a single number, so at unit scale a tenth of its variance is decided by the first state.  At half scale a fortieth
-is.
+SD 1.5's betas end at alpha = .068, not at 0: the first state of a chain still knows a little of the data, and no
+control can tilt what it knows.  What varies most in these small latents (the brightness of a whole digit, say) varies
+20 times as much as a single number, so at unit scale a tenth of its variance is decided by the first state.  At half
+scale a fortieth is.
 """
 
 from __future__ import annotations
