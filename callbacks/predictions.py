@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from ..run_folder import set_aside
@@ -67,6 +68,7 @@ class PredictionWriter(BasePredictionWriter):
             np.save(folder / "samples.npy", images.numpy())
         with (folder / "samples.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("sample", "prompt", "reward"), *self._rows])
+        rank_zero_info(f"PredictionWriter: {len(self._rows)} samples in {folder}")
         self._images, self._rows = [], []
 
     def _folder(self, trainer: Trainer) -> Path:
