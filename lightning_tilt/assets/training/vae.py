@@ -9,8 +9,8 @@ with the KL summed over the 256 latent numbers. The two model families scale the
 
 SD 1.5's betas end at alpha = .068, not at 0: the first state of a chain still knows a little of the data, and no
 control can tilt what it knows.  What varies most in these small latents (the brightness of a whole digit, say) varies
-20 times as much as a single number, so at unit scale a tenth of its variance is decided by the first state.  At half
-scale a fortieth is.
+20 times as much as a single number: at unit scale a tenth of its variance is decided by the first state, as for a
+Gaussian of variance v, alpha^2 v / (alpha^2 v + beta^2); at half scale it is a fortieth.
 """
 
 from __future__ import annotations
