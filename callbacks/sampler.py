@@ -10,7 +10,7 @@ the path weights have a meaning: then E[w] = Z.
 """
 
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, get_args
 
 import torch
@@ -226,10 +226,10 @@ class TrajectorySampler(Sampler, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
-        counts = {k: v for k, v in self.evaluations.as_dict().items() if k != "forwards_per_pair"}
         counters = {"batches": self._batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed}
         reused = self._since < self.rollout_every and not dist.is_initialized()
-        return counters | {"evaluations": counts, "buffer": self._buffer.state_dict() if reused else []}
+        buffer = self._buffer.state_dict() if reused else []
+        return counters | {"evaluations": asdict(self.evaluations), "buffer": buffer}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the streams, counters and buffer of a checkpoint."""

@@ -177,10 +177,10 @@ class Chain:
         Returns:
             (N,)
         """
-        total = torch.zeros_like(trajectory.reward)
+        total, stds = torch.zeros_like(trajectory.reward), self.stds
         for k in self.noisy_steps:
             x, after, z = trajectory.states[k], trajectory.states[k + 1], trajectory.noise[k]
-            std = self.stds[k].to(x)
+            std = stds[k].to(x)
             total = total + path_log_ratio(control(after - std * z, base_mean(x, k), std), z)
         return total
 
