@@ -5,7 +5,7 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 
 from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.interfaces.loss import LamSchedule, Loss
-from lightning_tilt.interfaces.predictor import ExportablePredictor, Predictor
+from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 
@@ -13,6 +13,7 @@ __all__ = [
     "Condition",
     "ExportablePredictor",
     "ImageEmbedding",
+    "KnownLaw",
     "LamSchedule",
     "Loss",
     "Predictor",

@@ -116,6 +116,7 @@ class Loss(ABC):
                     f"{type(self).__name__} needs self.{name}, a lightning_tilt {kind.__name__}; "
                     f"it found {type(offered).__name__}. Set it in __init__, or build on lightning_tilt.TiltModule."
                 )
+        self.reward.bind(self.predictor)
         if stage == "fit":
             self._check_fit(self.sampler)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.process import PredictionType, Process
 
-__all__ = ["ExportablePredictor", "Predictor"]
+__all__ = ["ExportablePredictor", "KnownLaw", "Predictor"]
 
 
 class Predictor(nn.Module, ABC):
@@ -64,6 +64,10 @@ class Predictor(nn.Module, ABC):
         """Turn prompts into a batch of `size` conditions; "" is the unconditional prompt of guidance."""
         return Condition({}, None if prompts is None else list(prompts), size)
 
+    def project(self, noise: Tensor) -> Tensor:
+        """Noise (..., *state_shape) on the subspace that the states live on; particle systems remove its mean."""
+        return noise
+
     def decode(self, x: Tensor) -> Tensor:
         """What the reward sees of the end points `x`: images in [0, 1] (B, 3, H, W), or the states themselves."""
         return x
@@ -80,6 +84,14 @@ class Predictor(nn.Module, ABC):
         for key in [k for k in state if k.startswith(prefix) and k[len(prefix) :] not in trained]:
             del state[key]
         return state
+
+
+class KnownLaw(ABC):
+    """A base whose end law has a density in closed form: what sampling an unnormalised density stands on."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """`log p_base(x)` of end points (B, *state_shape), normalised and differentiable in x: (B,)."""
 
 
 class ExportablePredictor(Predictor):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_tilt.condition import Prompts
+from lightning_tilt.interfaces.predictor import Predictor
 
 __all__ = ["ImageEmbedding", "Reward"]
 
@@ -52,6 +53,10 @@ class Reward(Metric, ABC):
         super().__init__(**kwargs)
         self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def bind(self, predictor: Predictor) -> None:
+        """Learn which model is tilted; called once at set-up. Only a density asks for it, since its reward has the
+        base's own density in it."""
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Prompts) -> Tensor:
