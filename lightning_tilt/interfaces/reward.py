@@ -55,8 +55,10 @@ class Reward(Metric, ABC):
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def bind(self, predictor: Predictor) -> None:
-        """Learn which model is tilted; called once at set-up. Only a density asks for it, since its reward has the
-        base's own density in it."""
+        """Learn which model is tilted; called once at set-up.
+
+        Only a density asks for it: its reward has the base's own density in it.
+        """
 
     @abstractmethod
     def score(self, images: Tensor, prompts: Prompts) -> Tensor:
