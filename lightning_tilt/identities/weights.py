@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_tilt.identities.estimate import Estimate, jackknifed
 
-__all__ = ["ess", "expectation", "log_partition"]
+__all__ = ["ess", "expectation", "forward_ess", "log_partition"]
 
 
 def ess(log_w: Tensor) -> float:
@@ -37,6 +37,21 @@ def ess(log_w: Tensor) -> float:
     log_n = math.log(log_w.numel())
     fraction = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0) - log_n)
     return float(fraction.clamp(max=1))  # above 1 only by rounding
+
+
+def forward_ess(log_w_backward: Tensor) -> float:
+    """Effective sample size from log weights (n,) of paths of the target: `1/(E_Q[w] E_Q[1/w])`, in (0, 1].
+
+    It estimates what `ess` estimates from paths of the model, since E_P[w^2] = Z E_Q[w] and Z = 1/E_Q[1/w], and unlike
+    `ess` it sees the modes that the model never visits (2406.07423).
+
+    Example:
+        >>> forward_ess(torch.zeros(5)), round(forward_ess(torch.tensor([0.0, 9.0])), 4)
+        (1.0, 0.0005)
+    """
+    log_w = log_w_backward.double()
+    log_n = math.log(log_w.numel())
+    return float(torch.exp(2 * log_n - torch.logsumexp(log_w, 0) - torch.logsumexp(-log_w, 0)).clamp(max=1))
 
 
 def log_partition(log_w: Tensor) -> Estimate:
