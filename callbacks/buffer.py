@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..noise import keyed_choice
 from ..trajectory import Trajectory
 
@@ -22,6 +24,7 @@ class ReplayBuffer:
         self.passes = passes
         self._rollouts: list[Trajectory] = []
         self._uses: list[int] = []
+        self._whole: Trajectory | None = None  # all of them as one, once somebody asked
 
     def __len__(self) -> int:
         return len(self._rollouts)
@@ -29,15 +32,23 @@ class ReplayBuffer:
     def add(self, trajectory: Trajectory) -> Trajectory:
         """Keep a fresh rollout, and use it once."""
         self._rollouts, self._uses = [*self._rollouts, trajectory][-self.size :], [*self._uses, 0][-self.size :]
+        self._whole = None
         return self._use(len(self._rollouts) - 1)
 
     def draw(self, seed: int, batch: int) -> Trajectory:
         """One of the rollouts, each as likely as any other, keyed by the number of the batch."""
         return self._use(keyed_choice(seed, "buffer", batch, range(len(self)), 1)[0])
 
+    def draw_samples(self, seed: int, batch: int, samples: int) -> Trajectory:
+        """Different samples of all rollouts, as many as there are at most, keyed by the number of the batch."""
+        if self._whole is None:
+            self._whole = Trajectory.cat(self._rollouts)
+        n = len(self._whole)
+        return self._whole[torch.tensor(keyed_choice(seed, "buffer", batch, range(n), min(samples, n)))]
+
     def clear(self) -> None:
         """Forget all rollouts."""
-        self._rollouts, self._uses = [], []
+        self._rollouts, self._uses, self._whole = [], [], None
 
     def state_dict(self) -> list[dict[str, Any]]:
         """Plain tensors and numbers, which load with `weights_only=True`."""
@@ -47,6 +58,7 @@ class ReplayBuffer:
         """What `state_dict` gave."""
         self._uses = [record["uses"] for record in state]
         self._rollouts = [Trajectory.from_dict({k: v for k, v in r.items() if k != "uses"}) for r in state]
+        self._whole = None
 
     def _use(self, i: int) -> Trajectory:
         trajectory = self._rollouts[i]

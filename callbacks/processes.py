@@ -1,45 +1,14 @@
-"""Work that several processes share out by themselves: one process's draws, what all of them found, the device."""
+"""Work that several processes share out by themselves: what all of them found, and where it is done."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning import LightningModule
 
-from ..interfaces import Predictor, Reward
-from ..process import Process
-
-__all__ = ["alone", "gathered", "moved"]
-
-
-@dataclass(frozen=True)
-class _Trainer:
-    """What a rollout asks of a trainer, as of a single process."""
-
-    precision_plugin: Any
-    world_size: int = 1
-    global_rank: int = 0
-
-
-@dataclass(frozen=True)
-class _Host:
-    """What a rollout asks of its host."""
-
-    predictor: Predictor
-    process: Process
-    reward: Reward
-    device: torch.device
-    dtype: torch.dtype
-    _trainer: _Trainer
-
-
-def alone(host: Any) -> Any:
-    """The host as a single process has it: a rollout draws the same noise whichever process makes it."""
-    trainer = _Trainer(host.trainer.precision_plugin)
-    return _Host(host.predictor, host.process, host.reward, host.device, host.dtype, trainer)
+__all__ = ["gathered", "moved"]
 
 
 def gathered(value: Any) -> list[Any]:

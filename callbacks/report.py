@@ -16,14 +16,15 @@ from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
-from ..chain import Evaluations, evaluating, slices
-from ..interfaces import ImageEmbedding, Reward, find_sampler
+from ..chain import Evaluations, slices
+from ..interfaces import ImageEmbedding, Reward, Sampler, find_sampler
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
+from ..transition import Transition
 from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
-from .processes import alone, gathered, moved
+from .processes import gathered, moved
 from .surroundings import prompts_of
 from .versions import versions
 
@@ -47,6 +48,9 @@ class TiltReport(Callback):
         diversity_samples: samples a prompt that diversity is measured on.
         shown: images a prompt in `before_after.png`; a sample without a finite reward is white.
         density: name of the density, for toy problems; None: left out.
+        steps: transitions of the paths that are judged; None: the sampler's.
+        transition: their kernel family; None: the sampler's. A model trained on few steps of an ODE has path weights
+            on a memoryless chain.
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class TiltReport(Callback):
         diversity_samples: int = 64,
         shown: int = 4,
         density: str | None = None,
+        steps: int | None = None,
+        transition: Transition | None = None,
     ) -> None:
         super().__init__()
         self.base_samples = base_samples
@@ -75,6 +81,8 @@ class TiltReport(Callback):
         self.diversity_samples = diversity_samples
         self.shown = shown
         self.density = density
+        self.steps = steps
+        self.transition = transition
         self._seconds: dict[str, float] = {}
         self._asked: list[str | None] = []
         self._base: list[PromptSamples] = []
@@ -103,6 +111,10 @@ class TiltReport(Callback):
         total = Evaluations(*(sum(c.__dict__[f.name] for c in counts) for f in fields(Evaluations)))
         self._write(trainer, pl_module, tuned, total)
 
+    def _sampler(self, host: Any) -> Sampler:
+        """The sampler of what is judged."""
+        return find_sampler(host).variant(self.steps, self.transition)
+
     def _sample(self, host: Any, n: int, base: bool) -> list[PromptSamples]:
         """The samples of all prompts, on every process."""
         world, rank, asked = host.trainer.world_size, host.trainer.global_rank, self._asked
@@ -116,8 +128,8 @@ class TiltReport(Callback):
     def _sample_prompt(self, host: Any, number: int, n: int, base: bool) -> PromptSamples:
         prompt = self._asked[number]
         batch: Any = torch.zeros(1) if prompt is None else [prompt]
-        path = find_sampler(host).rollout(
-            alone(host), batch, stream="report", number=number, base=base, samples_per_condition=n
+        path = self._sampler(host).rollout(
+            host, batch, stream="report", number=number, base=base, samples_per_condition=n, world=(1, 0)
         )
         good = path.weight.cpu() > 0
         if not bool(good.any()):
@@ -126,8 +138,12 @@ class TiltReport(Callback):
                 f"{'the density' if prompt is None else repr(prompt)} has a finite reward; mend the reward, or remove "
                 "the prompt"
             )
-        rewards = path.reward.double().cpu()
-        log_w = host.lam.lam * rewards - (0 if base else self._log_ratio(host, path).double().cpu())
+        rewards, log_w = path.reward.double().cpu(), host.lam.lam * path.reward
+        if not base:
+            sampler = self._sampler(host)
+            chain = sampler.chain(host, count=False)
+            log_w = chain.log_weights(host.predictor, path, host.lam.lam, sampler.guidance_scale, self.micro_batch)
+        log_w = log_w.double().cpu()
         judged, features, shown = self._look(host, path, prompt, good)
         return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown)
 
@@ -157,25 +173,15 @@ class TiltReport(Callback):
                 features.append((some if self.embedding is None else self.embedding.embed_images(some)).cpu())
         return {name: torch.cat(parts) for name, parts in judged.items()}, torch.cat(features), torch.cat(shown)
 
-    def _log_ratio(self, host: Any, path: Trajectory) -> Tensor:
-        """Log dP_theta/dP_base: one base evaluation a state."""
-        sampler = find_sampler(host)
-        chain = sampler.chain(host, count=False)
-        ratios = []
-        with evaluating(host.predictor), host.predictor.base() as base:
-            for i in slices(len(path), self.micro_batch):
-                part = path[i]
-                mean = chain.mean(base, part.condition[part.index], sampler.guidance_scale)
-                ratios.append(chain.log_ratio(part, mean))
-        return torch.cat(ratios)
-
     @rank_zero_only
     def _write(self, trainer: Trainer, host: Any, tuned: list[PromptSamples], evaluations: Evaluations) -> None:
-        sampler, folder, base = find_sampler(host), Path(trainer.default_root_dir), self._base
-        report = compare(base, tuned, host.lam.lam, sampler.weighted)
+        sampler, folder, base = self._sampler(host), Path(trainer.default_root_dir), self._base
+        chain = sampler.chain(host, count=False)
+        report = compare(base, tuned, host.lam.lam, sampler.weighted and bool(chain.noisy_steps))
         report |= {
             "loss": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(host).__name__.removesuffix("Task")).lower(),
             "reward": type(host.reward).__name__,
+            "chain": f"{chain.steps} steps of {chain.transition!r}",
             "evaluations": evaluations.as_dict(),
             "updates": trainer.global_step,
             "seconds": sum(self._seconds.values()),

@@ -10,6 +10,7 @@ the path weights have a meaning: then E[w] = Z.
 """
 
 import time
+from copy import copy
 from dataclasses import asdict, replace
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
 from .buffer import ReplayBuffer
 from .scoring import BadRewardPolicy, score_end_points, without_bad
-from .surroundings import device_and_dtype, global_numbers, global_seed, network_context, prompts_of
+from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, network_context, prompts_of
 
 __all__ = ["TrajectorySampler"]
 
@@ -35,7 +36,8 @@ class TrajectorySampler(Sampler, Callback):
     """Roll the current model out on each training batch.
 
     On policy by default. With `rollout_every: n` a rollout is due at every n-th batch alone; the batches between draw
-    from the last `buffer_size` rollouts, and their own prompts are not used.
+    from the last `buffer_size` rollouts, and their own prompts are not used. With `replay_samples` every batch trains
+    on so many end points of the whole buffer (losses that read end points alone).
 
     Args:
         steps: transitions of a path (K).
@@ -46,6 +48,7 @@ class TrajectorySampler(Sampler, Callback):
         buffer_size: fresh rollouts that are kept for the batches between.
         passes: batches that train on one rollout before it leaves the buffer; None: until newer ones push it out. A
             fresh rollout is made early when none is left.
+        replay_samples: samples that each batch draws from the whole buffer; None: a batch trains on one rollout.
         rollout_micro_batch: samples in one network call of the rollout; None: all at once.
         reward_micro_batch: samples decoded and scored at once; None: all at once.
         on_bad_reward: what to do when a reward or its gradient is not finite: `stop` raises and names step and
@@ -64,6 +67,7 @@ class TrajectorySampler(Sampler, Callback):
         rollout_every: int = 1,
         buffer_size: int = 1,
         passes: int | None = None,
+        replay_samples: int | None = None,
         rollout_micro_batch: int | None = None,
         reward_micro_batch: int | None = None,
         on_bad_reward: BadRewardPolicy = "stop",
@@ -71,14 +75,13 @@ class TrajectorySampler(Sampler, Callback):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        counts = {
-            "steps": steps, "samples_per_condition": samples_per_condition, "rollout_every": rollout_every,
-            "buffer_size": buffer_size, "passes": passes, "rollout_micro_batch": rollout_micro_batch,
-            "reward_micro_batch": reward_micro_batch,
-        }  # fmt: skip
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"sampler.{name} must be at least 1, not {value}")
+        check_counts(
+            steps=steps, samples_per_condition=samples_per_condition, rollout_every=rollout_every, passes=passes,
+            buffer_size=buffer_size, replay_samples=replay_samples, rollout_micro_batch=rollout_micro_batch,
+            reward_micro_batch=reward_micro_batch,
+        )  # fmt: skip
+        if passes is not None and replay_samples is not None:
+            raise ValueError("sampler.passes counts batches of one rollout; with replay_samples, buffer_size bounds it")
         if on_bad_reward not in get_args(BadRewardPolicy):
             raise ValueError(f"sampler.on_bad_reward is one of {get_args(BadRewardPolicy)}, not {on_bad_reward!r}")
         self.steps = steps
@@ -86,6 +89,7 @@ class TrajectorySampler(Sampler, Callback):
         self.guidance_scale = guidance_scale
         self.transition = transition or DDIM()
         self.rollout_every = rollout_every
+        self.replay_samples = replay_samples
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch
         self.on_bad_reward: BadRewardPolicy = on_bad_reward
@@ -95,7 +99,7 @@ class TrajectorySampler(Sampler, Callback):
         self.evaluations = Evaluations()
         self.seconds: dict[str, float] = {}
         self._buffer = ReplayBuffer(buffer_size, passes)
-        self._batches, self._rollouts, self._since = 0, 0, 0
+        self.batches, self._rollouts, self._since = 0, 0, 0
         self._restored = False
         self._trajectory: Trajectory | None = None
 
@@ -119,7 +123,15 @@ class TrajectorySampler(Sampler, Callback):
     def chain(self, host: Any, count: bool = True) -> Chain:
         """The chain of the host's process on this sampler's grid; network calls run in the Trainer's precision."""
         evaluations = self.evaluations if count else Evaluations()
-        return Chain(host.process, self.transition, host.process.grid(self.steps), evaluations, network_context(host))
+        grid = host.process.grid(self.steps)
+        chain = Chain(host.process, self.transition, grid, evaluations, network_context(host))
+        return host.on_chain(chain) if isinstance(host, Loss) else chain
+
+    def variant(self, steps: int | None = None, transition: Transition | None = None) -> "TrajectorySampler":
+        """This sampler with other steps or transitions, for rollouts that are looked at."""
+        other = copy(self)
+        other.steps, other.transition = steps or self.steps, transition or self.transition
+        return other
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the global seed, which may have been set since this callback was made."""
@@ -143,19 +155,21 @@ class TrajectorySampler(Sampler, Callback):
         if len(self._buffer) == 0 or self._since >= self.rollout_every:
             self._trajectory = self._buffer.add(self._fresh(pl_module, batch))
             self._since = 0
-        else:
-            self._trajectory = self._buffer.draw(self.seed, self._batches)
-        self._batches, self._since = self._batches + 1, self._since + 1
+        elif self.replay_samples is None:
+            self._trajectory = self._buffer.draw(self.seed, self.batches)
+        if self.replay_samples is not None:
+            self._trajectory = self._buffer.draw_samples(self.seed, self.batches, self.replay_samples)
+        self.batches, self._since = self.batches + 1, self._since + 1
 
     def _fresh(self, loss: Loss, batch: Any) -> Trajectory:
         """A new rollout of the current model, with what the loss adds to it."""
         start = time.perf_counter()
-        path = self.rollout(
-            loss, batch, stream="train", number=self._rollouts, reward_gradient=loss.needs_reward_gradient
-        )
+        gradient = loss.needs_reward_gradient
+        path = self.rollout(loss, batch, stream="train", number=self._rollouts, reward_gradient=gradient)
         self._rollouts += 1
         middle = time.perf_counter()
         path = loss.prepare(replace(path, lam=loss.current_lam()))
+        path = path if loss.needs_path else path.ends()
         self.seconds = {"rollout": middle - start, "adjoint": time.perf_counter() - middle}
         return path
 
@@ -169,6 +183,7 @@ class TrajectorySampler(Sampler, Callback):
         reward_gradient: bool = False,
         base: bool = False,
         samples_per_condition: int | None = None,
+        world: tuple[int, int] | None = None,
     ) -> Trajectory:
         """Roll out the host's current model, or its base, on a batch and score the end points once.
 
@@ -181,6 +196,7 @@ class TrajectorySampler(Sampler, Callback):
             reward_gradient: bring the gradient of the reward at the end points too.
             base: roll out the base instead.
             samples_per_condition: paths for each prompt; None takes the sampler's.
+            world: how many processes share the rollout, and the number of this one; None: the Trainer's.
 
         Returns:
             The trajectory of len(batch) x samples_per_condition samples, those of a prompt side by side.
@@ -189,7 +205,7 @@ class TrajectorySampler(Sampler, Callback):
         prompts, size = prompts_of(batch)
         each = samples_per_condition or self.samples_per_condition
         index = torch.arange(size).repeat_interleave(each)
-        sample = global_numbers(host, size, each)
+        sample = global_numbers(host, size, each, world)
         chain = self.chain(host, count=stream == "train")
         device, dtype = device_and_dtype(host)
         # Validation runs inside of the precision plugin's context, training rollouts do not: leave it here, and let the
@@ -209,42 +225,35 @@ class TrajectorySampler(Sampler, Callback):
             ]
         states, noise = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
         trajectory = Trajectory(
-            t=chain.t,
-            states=states,
-            noise=noise,
-            condition=condition,
-            index=index,
-            sample=torch.tensor(sample),
-            reward=states.new_zeros(len(index)),
-            lam=0.0,
-            rollout=number,
-            weight=states.new_ones(len(index)),
-        )
+            chain.t, states, noise, condition, index, torch.tensor(sample),
+            reward=states.new_zeros(len(index)), lam=0.0, rollout=number, weight=states.new_ones(len(index)),
+        )  # fmt: skip
         with torch.autocast(device.type, enabled=False):
             trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
         return without_bad(trajectory, stream, self.on_bad_reward)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
-        counters = {"batches": self._batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed}
-        reused = self._since < self.rollout_every and not dist.is_initialized()
-        buffer = self._buffer.state_dict() if reused else []
-        return counters | {"evaluations": asdict(self.evaluations), "buffer": buffer}
+        reused = (self.replay_samples or self._since < self.rollout_every) and not dist.is_initialized()
+        return {
+            "batches": self.batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed,
+            "evaluations": asdict(self.evaluations), "buffer": self._buffer.state_dict() if reused else [],
+        }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the streams, counters and buffer of a checkpoint."""
         if self._given_seed not in (None, state_dict["seed"]):
             rank_zero_warn(
-                f"sampler.seed is {self._given_seed}, the checkpoint was made with {state_dict['seed']}: the resumed "
-                "run draws other samples than the first would have"
+                f"sampler.seed is {self._given_seed}, the checkpoint's {state_dict['seed']}: the samples will differ"
             )
         elif self._given_seed is None:
             self._given_seed = self.seed = state_dict["seed"]
-        self._batches, self._rollouts, self._since = (state_dict[k] for k in ("batches", "rollouts", "since"))
+        self.batches, self._rollouts, self._since = (state_dict[k] for k in ("batches", "rollouts", "since"))
         self.evaluations.__dict__.update(state_dict["evaluations"])
         self._buffer.load_state_dict(state_dict["buffer"])
         self._restored = True
 
     def _draw(self, stream: Stream, number: int, sample: list[int], predictor: Predictor) -> Tensor:
         """X_0 and z_0 ... z_{K-1}: (K + 1, n, *shape)."""
-        return keyed_normal(self.seed, stream, number, sample, (self.steps + 1, *predictor.state_shape)).transpose(0, 1)
+        noise = keyed_normal(self.seed, stream, number, sample, (self.steps + 1, *predictor.state_shape))
+        return predictor.project(noise.transpose(0, 1))

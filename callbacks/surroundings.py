@@ -10,7 +10,14 @@ from torch import Tensor
 
 from ..condition import Prompts
 
-__all__ = ["device_and_dtype", "global_numbers", "global_seed", "network_context", "prompts_of", "world_of"]
+__all__ = ["check_counts", "device_and_dtype", "global_numbers", "global_seed", "network_context", "prompts_of"]
+
+
+def check_counts(**counts: int | None) -> None:
+    """Refuse a setting of the sampler that counts something and is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"sampler.{name} must be at least 1, not {value}")
 
 
 def prompts_of(batch: Any) -> tuple[Prompts, int]:
@@ -36,16 +43,18 @@ def prompts_of(batch: Any) -> tuple[Prompts, int]:
     )
 
 
-def global_numbers(host: Any, size: int, each: int) -> list[int]:
-    """Numbers of this process's samples among all: Lightning deals a batch's conditions out to the ranks in turn."""
-    world, rank = world_of(host)
-    return [(i * world + rank) * each + j for i in range(size) for j in range(each)]
+def global_numbers(host: Any, size: int, each: int, world: tuple[int, int] | None = None) -> list[int]:
+    """Numbers of this process's samples among all: Lightning deals a batch's conditions out to the ranks in turn.
 
-
-def world_of(host: Any) -> tuple[int, int]:
-    """How many processes there are, and the number of this one."""
+    Args:
+        host: whose Trainer knows the processes.
+        size: conditions of this process.
+        each: samples of a condition.
+        world: how many processes there are, and the number of this one; None: the Trainer's.
+    """
     trainer = host._trainer
-    return (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+    processes, rank = world or ((1, 0) if trainer is None else (trainer.world_size, trainer.global_rank))
+    return [(i * processes + rank) * each + j for i in range(size) for j in range(each)]
 
 
 def network_context(host: Any) -> Callable[[], AbstractContextManager[Any]]:

@@ -119,6 +119,18 @@ class Chain:
             (B, *shape), in the dtype of x.
         """
         t = self.t[torch.as_tensor(k, device=self.t.device)].to(x.device).expand(len(x))
+        return self.output_at(predictor, x, t, condition, scale, unconditional_gradient)
+
+    def output_at(
+        self,
+        predictor: Predictor,
+        x: Tensor,
+        t: Tensor,
+        condition: Condition,
+        scale: float = 1.0,
+        unconditional_gradient: bool = False,
+    ) -> Tensor:
+        """The same at times t (B,) that need not be of the grid."""
         output = self._call(predictor, x, t, condition)
         if scale == 1.0:
             return output
@@ -158,7 +170,7 @@ class Chain:
         Returns:
             States (K + 1, N, *shape), and the noise of the steps (K, N, *shape).
         """
-        x, noise = noise[0], noise[1:]
+        x, noise = self.process.initial(noise[0]), noise[1:]
         states = [x]
         for k, std in enumerate(self.stds.tolist()):
             with predictor.base() if base or (std == 0 and base_last_step) else nullcontext(predictor) as model:
@@ -183,6 +195,33 @@ class Chain:
             std = stds[k].to(x)
             total = total + path_log_ratio(control(after - std * z, base_mean(x, k), std), z)
         return total
+
+    def log_weights(
+        self,
+        predictor: Predictor,
+        trajectory: Trajectory,
+        lam: float,
+        scale: float = 1.0,
+        micro_batch: int | None = None,
+    ) -> Tensor:
+        """Log path weights `lam r - log dP/dP_base` of rollouts: one evaluation of the base a state.
+
+        Args:
+            predictor: the model that made the paths; its base is asked.
+            trajectory: paths of this chain.
+            lam: the multiplier.
+            scale: guidance of the base.
+            micro_batch: samples in one network call; None: all.
+
+        Returns:
+            (N,), without gradient.
+        """
+        ratios = []
+        with torch.no_grad(), evaluating(predictor), predictor.base() as base:
+            for i in slices(len(trajectory), micro_batch):
+                part = trajectory[i]
+                ratios.append(self.log_ratio(part, self.mean(base, part.condition[part.index], scale)))
+        return lam * trajectory.reward - torch.cat(ratios)
 
     def mean(self, predictor: Predictor, condition: Condition, scale: float = 1.0) -> Callable[[Tensor, int], Tensor]:
         """The (guided) means `(x, k) -> m_k(x)` under N conditions, with gradient through both branches."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 __all__ = ["Condition", "Prompts"]
@@ -47,6 +48,21 @@ class Condition:
         prompts = None if self.prompts is None else [self.prompts[i] for i in index.tolist()]
         tensors = {name: tensor[index.to(tensor.device)] for name, tensor in self.tensors.items()}
         return Condition(tensors, prompts, len(index))
+
+    @classmethod
+    def cat(cls, conditions: Sequence["Condition"]) -> "Condition":
+        """One batch of several, one after the other; their tensors have the same names and shapes.
+
+        Raises:
+            ValueError: if only some of them have prompts.
+        """
+        prompts: list[str] | None = None
+        if any(c.prompts is not None for c in conditions):
+            if any(c.prompts is None for c in conditions):
+                raise ValueError("conditions with prompts and without cannot be one batch")
+            prompts = [prompt for c in conditions for prompt in c.prompts or []]
+        tensors = {name: torch.cat([c.tensors[name] for c in conditions]) for name in conditions[0].tensors}
+        return cls(tensors, prompts, sum(c.size for c in conditions))
 
     def to(self, *args: Any, **kwargs: Any) -> "Condition":
         """The same conditions on another device or in another dtype (floating-point tensors only)."""

@@ -12,7 +12,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_tilt.chain import slices
-from lightning_tilt.interfaces import Predictor, Reward, find_sampler
+from lightning_tilt.interfaces import Loss, Predictor, Reward, find_sampler
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
 from lightning_tilt.trajectory import Trajectory
@@ -49,8 +49,9 @@ class TiltModule(LightningModule):
         self._lr_scheduler = lr_scheduler
 
     def configure_optimizers(self) -> Any:
-        """The optimiser of what the predictor trains, and its scheduler, stepped per update."""
-        optimizer = self._optimizer(list(self.predictor.trained_parameters().values()))
+        """The optimiser of what predictor and loss learn, and its scheduler, stepped per update."""
+        own = self.loss_parameters() if isinstance(self, Loss) else []
+        optimizer = self._optimizer([*self.predictor.trained_parameters().values(), *own])
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

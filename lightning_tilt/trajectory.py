@@ -7,7 +7,7 @@ A rollout steps N states through the K Gaussian transitions of a chain, from noi
 The record is frozen: who needs more (a loss its adjoints) makes a new one with `dataclasses.replace`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lightning_tilt.condition import Condition
 
 __all__ = ["Trajectory"]
 
-_PER_SAMPLE = ("index", "sample", "reward", "reward_gradient", "weight", "log_w")
+_PER_SAMPLE = ("index", "sample", "reward", "reward_gradient", "weight", "log_w", "importance")
 _STEP_MAJOR = ("states", "noise", "adjoint", "base_mean")
 
 
@@ -41,6 +41,7 @@ class Trajectory:
         reward_gradient: gradient of r at X_K, (N, *shape), if the loss asked for it.
         log_w: log path weight lam r - sum_k (u_k . z_k + |u_k|^2 / 2), (N,), where every step has been compared with
             the base.
+        importance: path weights as a loss uses them, of mean 1 over the rollout's good samples, (N,); None: all 1.
         supervised: the steps a loss looks at, (J,), integer, increasing.
         adjoint: a_{k+1} for each supervised k, (J, N, *shape).
         base_mean: the base's mean at X_k for each supervised k, (J, N, *shape).
@@ -58,6 +59,7 @@ class Trajectory:
     weight: Tensor
     reward_gradient: Tensor | None = None
     log_w: Tensor | None = None
+    importance: Tensor | None = None
     supervised: Tensor | None = None
     adjoint: Tensor | None = None
     base_mean: Tensor | None = None
@@ -107,6 +109,30 @@ class Trajectory:
         t, states = self.t[first : last + 1], self.states[first : last + 1]
         dropped: dict[str, Any] = dict.fromkeys(("log_w", "supervised", "adjoint", "base_mean"))
         return replace(self, t=t, states=states, noise=self.noise[first:last], **dropped)
+
+    def ends(self) -> "Trajectory":
+        """The end points alone, as a record of no steps: what losses need that noise them again."""
+        dropped: dict[str, Any] = dict.fromkeys(("supervised", "adjoint", "base_mean"))
+        return replace(self, t=self.t[-1:], states=self.states[-1:], noise=self.noise[:0], **dropped)
+
+    @classmethod
+    def cat(cls, records: Sequence["Trajectory"]) -> "Trajectory":
+        """The samples of several records as one; `lam` and `rollout` are those of the last.
+
+        Raises:
+            ValueError: if their steps differ.
+        """
+        first, last = records[0], records[-1]
+        if any(not torch.equal(r.t, first.t) for r in records):
+            raise ValueError("only records of the same steps can be one")
+        changes: dict[str, Any] = {}
+        for name in (*_PER_SAMPLE, *_STEP_MAJOR):
+            values = [r.__dict__[name] for r in records]
+            whole = all(v is not None for v in values)
+            changes[name] = torch.cat(values, int(name in _STEP_MAJOR)) if whole else None
+        offsets = torch.tensor([0, *(len(r.condition) for r in records[:-1])]).cumsum(0).tolist()
+        changes["index"] = torch.cat([r.index + o for r, o in zip(records, offsets, strict=True)])
+        return replace(last, condition=Condition.cat([r.condition for r in records]), **changes)
 
     def to(self, *args: Any, **kwargs: Any) -> "Trajectory":
         """The same trajectory on another device or in another dtype (times keep theirs)."""

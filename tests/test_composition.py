@@ -198,8 +198,9 @@ def test_lam_schedule_warms_up_and_scales_the_adjoint_not_the_loss() -> None:
     recorder = fit(task(lam=LamSchedule(lam=4.0, warmup=2)), sampler(), BATCHES[:3])
     assert [p.lam for p in recorder.trajectories] == [0.0, 2.0, 4.0]
     assert float(recorder.trajectories[0].adjoint.abs().max()) == 0
-    # lam = 0 at the base: control and adjoint are 0, so is the gradient.
-    assert all(float(g.abs().max()) == 0 for g in recorder.gradients[0].values())
+    # lam = 0 at the base: control and adjoint are 0, so is the gradient - up to the rounding of batches of other sizes.
+    assert all(float(g.abs().max()) < 1e-6 for g in recorder.gradients[0].values())
+    assert all(float(g.abs().max()) > 1e-4 for g in recorder.gradients[1].values())
 
 
 def test_rollout_every_shares_a_rollout() -> None:

@@ -10,12 +10,12 @@ everything the Trainer offers works as it does for any other module.
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.predictor import Predictor
@@ -23,6 +23,9 @@ from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 from lightning_tilt.process import Process
 from lightning_tilt.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from lightning_tilt.chain import Chain
 
 __all__ = ["LamSchedule", "Loss"]
 
@@ -58,6 +61,10 @@ class Loss(ABC):
     Traits (class constants that set-up and tests hold a loss to):
         needs_reward_gradient: the sampler must bring the reward's gradient at the end points.
         needs_memoryless: the loss tilts without bias only for memoryless transitions.
+        needs_noise: the loss needs a step with noise; without, the ODE serves too.
+        needs_path: the loss reads the states between; without, the end points alone are kept.
+        on_policy: replayed rollouts of an older model move the fixed point.
+        bias: what the fixed point is off by, and why; None for a consistent loss.
 
     Args:
         lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
@@ -68,6 +75,10 @@ class Loss(ABC):
 
     needs_reward_gradient: ClassVar[bool]
     needs_memoryless: ClassVar[bool]
+    needs_noise: ClassVar[bool] = True
+    needs_path: ClassVar[bool] = True
+    on_policy: ClassVar[bool] = True
+    bias: ClassVar[str | None] = None
 
     # What the host offers.
     predictor: Predictor
@@ -131,8 +142,13 @@ class Loss(ABC):
                 f"{type(self).__name__} tilts without bias only with memoryless transitions, and the sampler's are "
                 "not. Use DDIM with ddim_eta: 1, or say allow_non_memoryless: true."
             )
+        if self.needs_path and sampler.replay_samples is not None:
+            raise ValueError(
+                f"sampler.replay_samples mixes end points of several rollouts, and {type(self).__name__} reads whole "
+                "paths: leave it out"
+            )
         chain = sampler.chain(self, count=False)
-        if not chain.noisy_steps:
+        if self.needs_noise and not chain.noisy_steps:
             raise ValueError(
                 f"{type(self).__name__} needs a step with noise, and the sampler's chain has none: sampler.steps of at "
                 "least 2, and ddim_eta above 0"
@@ -149,6 +165,14 @@ class Loss(ABC):
                 f"precision {self.trainer.precision} casts states, rewards and adapters too, where float32 is needed: "
                 "use bf16-mixed, and give the network's dtype to the predictor"
             )
+
+    def on_chain(self, chain: "Chain") -> "Chain":
+        """The chain that this loss simulates and is judged by: the sampler's own, or what the loss makes of it."""
+        return chain
+
+    def loss_parameters(self) -> list[nn.Parameter]:
+        """What the loss itself learns beside the predictor (a log Z); a host's optimiser takes it along."""
+        return []
 
     @property
     def sampler(self) -> Sampler:

@@ -10,6 +10,7 @@ from lightning_tilt.trajectory import Trajectory
 if TYPE_CHECKING:
     from lightning_tilt.chain import Chain, Evaluations
     from lightning_tilt.noise import Stream
+    from lightning_tilt.transition import Transition
 
 __all__ = ["Sampler", "find_sampler"]
 
@@ -19,6 +20,8 @@ class Sampler(ABC):
 
     Attributes:
         seed: the key of all its draws.
+        batches: training batches so far, the current one included; restored by a checkpoint.
+        replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
         seconds: wall time of the parts of the current batch's rollout, by name.
@@ -27,6 +30,8 @@ class Sampler(ABC):
     """
 
     seed: int
+    batches: int
+    replay_samples: int | None
     guidance_scale: float
     samples_per_condition: int
     reward_micro_batch: int | None
@@ -53,6 +58,10 @@ class Sampler(ABC):
         """The chain of the host's process on this sampler's grid; `count` its evaluations as training's."""
 
     @abstractmethod
+    def variant(self, steps: int | None = None, transition: "Transition | None" = None) -> "Sampler":
+        """This sampler with other steps or transitions, for rollouts that are looked at; it keeps no buffer."""
+
+    @abstractmethod
     def rollout(
         self,
         host: Any,
@@ -63,6 +72,7 @@ class Sampler(ABC):
         reward_gradient: bool = False,
         base: bool = False,
         samples_per_condition: int | None = None,
+        world: tuple[int, int] | None = None,
     ) -> Trajectory:
         """Roll out the current model (or its base) on a batch of prompts and score the end points once."""
 

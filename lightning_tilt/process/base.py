@@ -99,6 +99,10 @@ class Process(ABC):
     def timestep(self, t: Tensor) -> Tensor:
         """What a network trained with this process calls the time `t` (same shape)."""
 
+    def node(self, t: Tensor) -> Tensor:
+        """The time nearest to `t` in [0, 1) that a network of this process can be asked at: `t` itself, unless discrete."""
+        return t
+
     def kappa(self, t: Tensor) -> Tensor:
         """`alpha'/alpha`, infinite where alpha = 0."""
         return self.d_alpha(t) / self.alpha(t)
@@ -197,6 +201,38 @@ class Process(ABC):
         """
         t = t.double()
         return expand(self.alpha(t), x1) * x1 + expand(self.beta(t), x1) * eps
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """`X_0` from standard normal noise, (B, ...): the noise itself, for alpha_0 = 0 (or nearly) and beta_0 = 1."""
+        return noise
+
+    def posterior_slope(self, t: Tensor, precision: float) -> Tensor:
+        """The slope `alpha/(alpha^2 + m beta^2)` of `x1_hat = mu + slope (x - alpha mu)` for a base N(mu, I/m).
+
+        It is also the lean adjoint of that base in closed form, `a_t = slope a_1` (2504.11713).
+
+        Args:
+            t: times, any shape.
+            precision: m.
+        """
+        alpha, beta = self.alpha(t), self.beta(t)
+        return alpha / (alpha**2 + precision * beta**2)
+
+    def posterior_variance(self, t: Tensor, precision: float) -> Tensor:
+        """`Var(X_1 | X_t) = beta^2/(m beta^2 + alpha^2)` of a base N(mu, I/m), per coordinate.
+
+        A tilt moves `x1_hat` by that times `E*[lam grad r(X_1) | X_t]` (Stein's identity).
+
+        Args:
+            t: times, any shape.
+            precision: m.
+        """
+        alpha, beta = self.alpha(t), self.beta(t)
+        return beta**2 / (precision * beta**2 + alpha**2)
+
+    def score_gain(self, t: Tensor) -> Tensor:
+        """`alpha/beta^2`: how the score moves with x1_hat at fixed x; infinite at t = 1."""
+        return self.posterior_slope(t, 1.0) / self.posterior_variance(t, 1.0)
 
     def _refuse_pure_noise(self, alpha: Tensor) -> None:
         # The check reads the tensor back from the device: only schedules that reach alpha = 0 pay for it.

@@ -192,6 +192,11 @@ class VariancePreserving(Process):
             raise ValueError(f"{steps} leading steps with offset {self.steps_offset} pass the last of {n} nodes")
         return torch.cat([1 - (nodes + 1) / n, torch.ones(1, dtype=torch.float64)])
 
+    def node(self, t: Tensor) -> Tensor:
+        """The nearest node, of which t = 1 is none."""
+        place = ((1 - t.double()) * self.num_nodes).round().clamp(min=1)
+        return 1 - place / self.num_nodes
+
     def timestep(self, t: Tensor) -> Tensor:
         """The integer node of each time, long.
 
