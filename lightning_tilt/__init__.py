@@ -21,22 +21,28 @@ if TYPE_CHECKING:
     from lightning_tilt.losses import AdjointMatching as AdjointMatching
     from lightning_tilt.module import TiltModule as TiltModule
     from lightning_tilt.process import Cosine as Cosine
+    from lightning_tilt.process import Driftless as Driftless
     from lightning_tilt.process import Process as Process
     from lightning_tilt.process import RectifiedFlow as RectifiedFlow
     from lightning_tilt.process import VariancePreserving as VariancePreserving
     from lightning_tilt.trajectory import Trajectory as Trajectory
     from lightning_tilt.transition import DDIM as DDIM
+    from lightning_tilt.transition import Brownian as Brownian
     from lightning_tilt.transition import EulerMaruyama as EulerMaruyama
+    from lightning_tilt.transition import ExactGaussian as ExactGaussian
     from lightning_tilt.transition import Transition as Transition
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdjointMatching": "lightning_tilt.losses",
+    "Brownian": "lightning_tilt.transition",
     "Condition": "lightning_tilt.interfaces",
     "Cosine": "lightning_tilt.process",
     "DDIM": "lightning_tilt.transition",
+    "Driftless": "lightning_tilt.process",
     "EulerMaruyama": "lightning_tilt.transition",
+    "ExactGaussian": "lightning_tilt.transition",
     "Frozen": "lightning_tilt.frozen",
     "Predictor": "lightning_tilt.interfaces",
     "Process": "lightning_tilt.process",
@@ -52,9 +58,12 @@ _HOMES = {
 __all__ = [
     "DDIM",
     "AdjointMatching",
+    "Brownian",
     "Condition",
     "Cosine",
+    "Driftless",
     "EulerMaruyama",
+    "ExactGaussian",
     "Frozen",
     "Predictor",
     "Process",

@@ -10,6 +10,11 @@ The DDIM family (2010.02502, equation 12), written for any interpolant:
 `ddim_eta = 1` is the exact memoryless kernel: its mean is `E[x_s | x_t]`, its std that of `q(x_s | x_t, x_1)`.  Nothing
 in it is infinite at pure noise (alpha_t = 0), and its step to s = 1 has std = 0.
 
+That std leaves out what is not known of X_1.  For a base N(mu, I/m) this is known too, and with it the step is exact
+at any length (`ExactGaussian`; `Brownian` where the base is Brownian motion):
+
+    var = std^2 + c1^2 Var(X_1 | X_t)    c1 = alpha_s b2/beta_t^2    Var(X_1 | X_t) = beta_t^2/(m beta_t^2 + alpha_t^2)
+
 Euler-Maruyama of `dX = (v + sigma^2/2 score) dt + sigma dB`:
 
     mean = x + h (v + sigma^2/2 score)      std = sigma sqrt(h)      h = s - t
@@ -29,9 +34,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tilt.process import Prediction, Process, expand
+from lightning_tilt.process import Driftless, Prediction, Process, expand
 
-__all__ = ["DDIM", "EulerMaruyama", "Gaussian", "Transition", "control", "path_log_ratio"]
+__all__ = ["DDIM", "Brownian", "EulerMaruyama", "ExactGaussian", "Gaussian", "Transition", "control", "path_log_ratio"]
 
 
 @dataclass(frozen=True)
@@ -108,6 +113,7 @@ class DDIM(Transition):
 
     def __call__(self, process: Process, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Gaussian:
         """See `Transition`; legal at alpha_t = 0 and at s = 1 (std = 0, mean = x1_hat)."""
+        _refuse_driftless(self, process)
         t, s = t.double(), s.double()
         alpha_s, beta_s, beta_t = process.alpha(s), process.beta(s), process.beta(t)
         a = process.alpha(t) / alpha_s
@@ -117,6 +123,62 @@ class DDIM(Transition):
         rest = beta_s * (1 - self.ddim_eta**2 + self.ddim_eta**2 * (a * beta_s / beta_t) ** 2).sqrt()
         mean = expand(alpha_s, x) * prediction.x1_hat + expand(rest, x) * prediction.eps_hat
         return Gaussian(mean, expand(std, x))
+
+
+class ExactGaussian(Transition):
+    """The exact step of a base N(mu, I/m): the base's chain ends in its law at any number of steps.
+
+    Its mean is that of `DDIM(ddim_eta=1.0)`; its std is positive at s = 1 too, so no step is deterministic.  The chain
+    must start in the base's law at t = 0: alpha_0 = 0, or mu = 0 and m = 1 with a variance-preserving process.
+
+    Args:
+        precision: m, one over the variance of the base.
+    """
+
+    memoryless: bool = True
+
+    def __init__(self, precision: float = 1.0) -> None:
+        if not 0 < precision < math.inf:
+            raise ValueError(f"precision must be positive, not {precision}")
+        self.precision = precision
+        self._ancestral = DDIM()
+
+    def __repr__(self) -> str:
+        return f"ExactGaussian(precision={self.precision})"
+
+    def __call__(self, process: Process, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Gaussian:
+        """See `Transition`; legal at alpha_t = 0 and at s = 1 (mean = x1_hat)."""
+        _refuse_driftless(self, process)
+        t, s = t.double(), s.double()
+        alpha_s, beta_s, beta_t = process.alpha(s), process.beta(s), process.beta(t)
+        share = (1 - (process.alpha(t) / alpha_s * beta_s / beta_t) ** 2).clamp(min=0)  # b2/beta_t^2
+        var = share * beta_s**2 + (alpha_s * share) ** 2 * process.posterior_variance(t, self.precision)
+        return Gaussian(self._ancestral(process, x, prediction, t, s).mean, expand(var.sqrt(), x))
+
+
+class Brownian(Transition):
+    """The exact step of `Driftless`, of x1_hat alone: `mean = x + (nu_s - nu_t)/(nu_1 - nu_t) (x1_hat - x)`.
+
+    Its std is `sqrt(nu_s - nu_t)`; the base has `x1_hat = x`.
+    """
+
+    memoryless: bool = True
+
+    def __repr__(self) -> str:
+        return "Brownian()"
+
+    def __call__(self, process: Process, x: Tensor, prediction: Prediction, t: Tensor, s: Tensor) -> Gaussian:
+        """See `Transition`.
+
+        Raises:
+            TypeError: for another process than `Driftless`.
+        """
+        if not isinstance(process, Driftless):
+            raise TypeError(f"Brownian steps the process Driftless, not {process!r}: use DDIM() or ExactGaussian()")
+        t, s = t.double(), s.double()
+        var = process.nu(s) - process.nu(t)
+        share = var / (process.end_variance - process.nu(t))
+        return Gaussian(x + expand(share, x) * (prediction.x1_hat - x), expand(var.sqrt(), x))
 
 
 class EulerMaruyama(Transition):
@@ -148,6 +210,7 @@ class EulerMaruyama(Transition):
         Raises:
             ValueError: where a coefficient is infinite: at alpha = 0 with the memoryless noise.
         """
+        _refuse_driftless(self, process)
         t, s = t.double(), s.double()
         sigma = process.sigma(t) if isinstance(self.sigma, str) else torch.full_like(t, self.sigma)
         h = s - t
@@ -161,6 +224,11 @@ class EulerMaruyama(Transition):
             )
         mean = x + expand(along_x1, x) * prediction.x1_hat + expand(along_eps, x) * prediction.eps_hat
         return Gaussian(mean, expand(sigma * h.sqrt(), x))
+
+
+def _refuse_driftless(transition: Transition, process: Process) -> None:
+    if isinstance(process, Driftless):
+        raise TypeError(f"{transition!r} is 0/0 at the start of {process!r}, a point: use the transition Brownian()")
 
 
 def control(mean: Tensor, mean_base: Tensor, std: Tensor) -> Tensor:

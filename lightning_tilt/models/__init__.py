@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_tilt.models.closed_form import GaussianMixturePredictor as GaussianMixturePredictor
     from lightning_tilt.models.closed_form import the_mixture as the_mixture
+    from lightning_tilt.models.equivariant import EquivariantTilt as EquivariantTilt
+    from lightning_tilt.models.gaussian_base import GaussianBase as GaussianBase
     from lightning_tilt.models.gaussian_mixture import GaussianMixture as GaussianMixture
     from lightning_tilt.models.latent_diffusion import LatentDiffusion as LatentDiffusion
     from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_tilt.models.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
 
 _HOMES = {
+    "EquivariantTilt": "lightning_tilt.models.equivariant",
+    "GaussianBase": "lightning_tilt.models.gaussian_base",
     "GaussianMixture": "lightning_tilt.models.gaussian_mixture",
     "GaussianMixturePredictor": "lightning_tilt.models.closed_form",
     "LatentDiffusion": "lightning_tilt.models.latent_diffusion",
@@ -27,6 +31,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "EquivariantTilt",
+    "GaussianBase",
     "GaussianMixture",
     "GaussianMixturePredictor",
     "LatentDiffusion",

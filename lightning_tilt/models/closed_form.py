@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_tilt.interfaces import Condition, Predictor
+from lightning_tilt.interfaces import Condition, KnownLaw, Predictor
 from lightning_tilt.models.gaussian_mixture import GaussianMixture
 from lightning_tilt.process import Process, RectifiedFlow
 from lightning_tilt.rewards.quadratic import QuadraticReward
@@ -19,7 +19,7 @@ from lightning_tilt.rewards.quadratic import QuadraticReward
 __all__ = ["GaussianMixture", "GaussianMixturePredictor", "the_mixture"]
 
 
-class GaussianMixturePredictor(Predictor):
+class GaussianMixturePredictor(Predictor, KnownLaw):
     """The exact posterior mean of a Gaussian mixture, differentiable in `x`; it has no parameters.
 
     Args:
@@ -61,6 +61,11 @@ class GaussianMixturePredictor(Predictor):
         """The exact `x1_hat` at `x` (B, d) and times (B,); computed in float32 at least."""
         work = x if x.dtype == torch.float64 else x.float()
         return self._at(work).x1_posterior(self.process, work, t).mean.to(x.dtype)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Log density of the mixture at `x` (B, d): (B,), in float32 at least."""
+        work = x if x.dtype == torch.float64 else x.float()
+        return self._at(work).log_prob(work)
 
     @contextmanager
     def base(self) -> Iterator[Predictor]:

@@ -1,0 +1,93 @@
+"""What every small network on top of a frozen base shares: the form of its prediction, and what it leaves to the base.
+
+    x1_hat(x, t) = x1_hat_base(x, t) + gain_t f(x, t)
+
+The optimal tilt moves `x1_hat` by `beta^2/alpha grad log h`, and `grad log h` is of order `alpha` at the noisy end: the
+gain leaves to `f` a function of order one at all times,
+
+    gain = posterior_variance(t, m)/unit      for a Gaussian base N(mu, I/m): f/unit is then E*[lam grad r(X_1) | X_t]
+    gain = beta^2/unit                        for any other base
+
+with `unit` the length in which states are measured: a network sees x/unit, and a change of units changes nothing.
+`f` is 0 at the start, so that tuning begins exactly at the base.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from lightning_tilt.frozen import Frozen
+from lightning_tilt.interfaces import Condition, Predictor, Prompts
+from lightning_tilt.models.gaussian_base import GaussianBase
+from lightning_tilt.process import expand
+
+__all__ = ["TiltOfBase", "time_features"]
+
+
+def time_features(t: Tensor, frequencies: int) -> Tensor:
+    """`t`, `cos(pi j t)` and `sin(pi j t)` for j = 1 .. frequencies: (B,) -> (B, 1 + 2 frequencies), float64."""
+    phase = math.pi * t.double()[:, None] * torch.arange(1, frequencies + 1, device=t.device)
+    return torch.cat([t.double()[:, None], phase.cos(), phase.sin()], 1)
+
+
+class TiltOfBase(Predictor):
+    """`x1_hat` of a frozen base plus `gain_t f(x, t)`; a subclass gives `f`, which is 0 at the start.
+
+    Args:
+        base: the model to tune; any prediction type.  It is frozen and held once, outside the checkpoint.
+        input_scale: the unit of length of the states: `f` is given states that were divided by it.
+
+    Raises:
+        ValueError: if `input_scale` is not positive.
+    """
+
+    backward_cost = 2
+
+    def __init__(self, base: Predictor, input_scale: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < input_scale < math.inf:
+            raise ValueError(f"input_scale must be positive, not {input_scale}")
+        self._base = Frozen(base)
+        self.process = base.process
+        self.prediction_type = "sample"
+        self.state_shape = base.state_shape
+        self.input_scale = input_scale
+
+    @abstractmethod
+    def f(self, x: Tensor, t: Tensor) -> Tensor:
+        """The network alone: states in units of `input_scale` (B, ...) and times (B,) to (B, ...), in its own dtype."""
+
+    def gain(self, t: Tensor) -> Tensor:
+        """What multiplies `f` at the times t (B,): (B,), float64."""
+        base, t = self._base.module, t.double()
+        if isinstance(base, GaussianBase):
+            return self.process.posterior_variance(t, base.precision) / self.input_scale
+        return self.process.beta(t) ** 2 / self.input_scale
+
+    def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """`x1_hat` at the states (B, *state_shape) and times (B,)."""
+        base = self._base.module
+        x1_hat = base.process.interpret(base.predict(x, t, condition), base.prediction_type, x, t).x1_hat
+        f = self.f(x / self.input_scale, t).to(x.dtype)
+        return x1_hat + expand(self.gain(t), x) * self.project(f)
+
+    @contextmanager
+    def base(self) -> Iterator[Predictor]:
+        """The frozen base."""
+        yield self._base.module
+
+    def encode(self, prompts: Prompts, size: int) -> Condition:
+        """As the base does."""
+        return self._base.module.encode(prompts, size)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """As the base does."""
+        return self._base.module.decode(x)
+
+    def project(self, noise: Tensor) -> Tensor:
+        """As the base does: the tilt lives on the subspace of its base."""
+        return self._base.module.project(noise)
