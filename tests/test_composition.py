@@ -264,7 +264,7 @@ def test_each_step_logs_what_one_needs_to_trust_it() -> None:
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
     torch.testing.assert_close(logged["train/gradient_norm"], norm)
     torch.testing.assert_close(logged["train/adjoint_norm_data"], 2.0 * path.reward_gradient.norm(dim=1).mean())
-    assert float(logged["train/control_norm"]) == 0  # the tuned model is the base
+    assert float(logged["train/control_norm"]) < 1e-6  # the tuned model is the base, up to rounding
     assert float(logged["train/reward_se"]) == pytest.approx(float(path.reward.std()) / 2)
 
 
