@@ -1,4 +1,4 @@
-"""The equivariant network: rotations, reflections and permutations pass through it; pushes are bounded and mean-free."""
+"""The equivariant network: rotations, reflections, permutations pass through it; pushes are bounded and mean-free."""
 
 import pytest
 import torch

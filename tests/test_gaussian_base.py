@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from toys import SumReward, one_update
 
 from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
@@ -201,3 +202,18 @@ def test_a_tilt_of_it_moves_by_the_posterior_variance(base: GaussianBase) -> Non
     assert moved[0].abs().min() > 0
     with pytest.raises(ValueError, match="input_scale must be positive"):
         NeuralTilt(base, input_scale=0.0)
+
+
+@pytest.mark.parametrize(
+    ("process", "transition"), [(RectifiedFlow(), ExactGaussian()), (DRIFTLESS, Brownian())], ids=["flow", "driftless"]
+)
+def test_particles_are_rolled_out_and_tuned_without_their_mean(process: Process, transition: Transition) -> None:
+    """Through the sampler and Adjoint Matching, by a network that knows nothing of particles."""
+    tilt = NeuralTilt(GaussianBase([3, 2], mean_free=True, process=process), hidden=8, layers=1)
+    torch.nn.init.normal_(tilt.last.weight)
+    _, path, gradients = one_update(tilt, SumReward(), torch.zeros(50), 4, sampler={"transition": transition})
+    for part in (path.states, path.noise):
+        torch.testing.assert_close(part.mean(-2), torch.zeros(len(part), 50, 2).to(part), atol=1e-6, rtol=0)
+    assert path.states[-1].std() > 0.3
+    assert path.supervised.tolist() == [0, 1, 2, 3] and path.log_w.isfinite().all()
+    assert all(g.isfinite().all() and g.abs().max() > 0 for g in gradients.values())
