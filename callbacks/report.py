@@ -26,6 +26,7 @@ from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
 from .processes import gathered, moved
 from .surroundings import prompts_of
+from .truth import density_figures, truth_of
 from .versions import versions
 
 __all__ = ["TiltReport"]
@@ -47,7 +48,7 @@ class TiltReport(Callback):
             space of the decoded images themselves.
         diversity_samples: samples a prompt that diversity is measured on.
         shown: images a prompt in `before_after.png`; a sample without a finite reward is white.
-        density: name of the density, for toy problems; None: left out.
+        density: name of the density; None: that of the reward's class.
         steps: transitions of the paths that are judged; None: the sampler's.
         transition: their kernel family; None: the sampler's. A model trained on few steps of an ODE has path weights
             on a memoryless chain.
@@ -189,8 +190,11 @@ class TiltReport(Callback):
             "versions": versions(),
             "seed": sampler.seed,
         }
-        if self.density is not None:
-            report["density"] = self.density
+        truth = truth_of(host.predictor, host.reward, host.lam.lam)
+        if truth is not None:
+            report |= density_figures(truth, report, chain, torch.cat([s.shown for s in tuned]), sampler.seed)
+            report |= {"energy_evaluations": evaluations.reward, "network_evaluations": evaluations.network}
+            report["density"] = self.density or type(host.reward).__name__
         write_json(folder / "report.json", report)
         for name in ("before_after.png", "reward_histogram.png", "curves.png"):
             set_aside(folder / name)

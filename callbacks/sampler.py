@@ -230,6 +230,7 @@ class TrajectorySampler(Sampler, Callback):
         )  # fmt: skip
         with torch.autocast(device.type, enabled=False):
             trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
+        chain.evaluations.reward += len(trajectory)
         return without_bad(trajectory, stream, self.on_bad_reward)
 
     def state_dict(self) -> dict[str, Any]:

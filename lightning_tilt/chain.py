@@ -6,71 +6,24 @@ The mean m_k comes from the predictor's output at (X_k, t_k), guided or not:
 
     output = output("") + scale (output(prompt) - output(""))                 classifier-free guidance
 
-Guidance mixes raw outputs; every conversion is affine in the output, so it may be done before or after it.  Network
-evaluations are counted in forwards of one sample: a forward is 1, its VJP to the input 1 more.
+Guidance mixes raw outputs; every conversion is affine in the output, so it may be done before or after it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_tilt.condition import Condition
+from lightning_tilt.evaluations import Evaluations, evaluating, slices
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.process import Prediction, Process
 from lightning_tilt.trajectory import Trajectory
 from lightning_tilt.transition import Gaussian, Transition, control, path_log_ratio
 
 __all__ = ["Chain", "Evaluations", "evaluating", "slices"]
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; every submodule's own mode is restored afterwards."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
-def slices(total: int, size: int | None) -> Iterator[slice]:
-    """Cut `range(total)` into slices of at most `size` (None: one slice)."""
-    if size is not None and size < 1:
-        raise ValueError(f"a micro-batch holds at least one sample, not {size}; null means all at once")
-    size = size or max(total, 1)
-    return (slice(i, min(i + size, total)) for i in range(0, total, size))
-
-
-@dataclass
-class Evaluations:
-    """Network evaluations, in forwards of one sample.
-
-    Attributes:
-        forward: forward passes, with or without gradient.
-        vjp: products of a vector with the Jacobian to the input (one forward each).
-        backward: backward passes to the parameters, in forwards: 2 for a full network, 1 for adapters; what a network
-            recomputes inside (gradient checkpointing of its own) is not seen from here.
-        pairs: supervised (sample, step) pairs that a loss has seen.
-    """
-
-    forward: int = 0
-    vjp: int = 0
-    backward: int = 0
-    pairs: int = 0
-
-    @property
-    def forwards_per_pair(self) -> float:
-        """What one supervised pair cost, everything counted."""
-        return (self.forward + self.vjp + self.backward) / max(self.pairs, 1)
-
-    def as_dict(self) -> dict[str, float | int]:
-        """All of it, as reports and checkpoints have it."""
-        return {**self.__dict__, "forwards_per_pair": self.forwards_per_pair}
 
 
 @dataclass(frozen=True)
@@ -95,6 +48,11 @@ class Chain:
     def steps(self) -> int:
         """K."""
         return len(self.t) - 1
+
+    @property
+    def control_form(self) -> bool:
+        """Whether `log_weights` are those of the chain itself, so that E[w] is the chain's own Z at any K."""
+        return True
 
     def output(
         self,

@@ -45,6 +45,10 @@ class Density(Reward):
         """`n` samples of the density, (n, *state_shape), float32; None where none can be made."""
         return None
 
+    def figures(self, x: Tensor) -> dict[str, float]:
+        """What else there is to say of samples (n, *state_shape), by name: how many modes they have found, say."""
+        return {}
+
     def bind(self, predictor: Predictor) -> None:
         """Take the density of the predictor's base.
 
