@@ -19,7 +19,17 @@ from lightning_tilt.condition import Condition
 
 __all__ = ["Trajectory"]
 
-_PER_SAMPLE = ("index", "sample", "reward", "reward_gradient", "weight", "log_w", "importance")
+_PER_SAMPLE = (
+    "index",
+    "sample",
+    "reward",
+    "reward_gradient",
+    "weight",
+    "log_w",
+    "importance",
+    "advantage",
+    "end_score",
+)
 _STEP_MAJOR = ("states", "noise", "adjoint", "base_mean")
 
 
@@ -42,6 +52,8 @@ class Trajectory:
         log_w: log path weight lam r - sum_k (u_k . z_k + |u_k|^2 / 2), (N,), where every step has been compared with
             the base.
         importance: path weights as a loss uses them, of mean 1 over the rollout's good samples, (N,); None: all 1.
+        advantage: how much better a sample is than the others of its prompt, as a loss measures it, (N,).
+        end_score: gradient of log p_base at X_K, (N, *shape), for losses that ask for it.
         supervised: the steps a loss looks at, (J,), integer, increasing.
         adjoint: a_{k+1} for each supervised k, (J, N, *shape).
         base_mean: the base's mean at X_k for each supervised k, (J, N, *shape).
@@ -60,6 +72,8 @@ class Trajectory:
     reward_gradient: Tensor | None = None
     log_w: Tensor | None = None
     importance: Tensor | None = None
+    end_score: Tensor | None = None
+    advantage: Tensor | None = None
     supervised: Tensor | None = None
     adjoint: Tensor | None = None
     base_mean: Tensor | None = None

@@ -15,7 +15,7 @@ A subclass gives `target(points)`; whatever network calls that makes are without
 """
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 import torch
@@ -52,6 +52,9 @@ class NoisedEnds:
         reward: (P,).
         reward_gradient: at x1, (P, *shape), where the loss asked for it.
         lam: the multiplier in force.
+        advantage: (P,), where the loss computed it.
+        end_score: gradient of log p_base at x1, (P, *shape), where the loss has prepared it.
+        weight: of the sample in the loss, (P,): 0 for one that is left out, else its path weight, 1 without any.
     """
 
     x1: Tensor
@@ -62,6 +65,9 @@ class NoisedEnds:
     reward: Tensor
     reward_gradient: Tensor | None
     lam: float
+    advantage: Tensor | None = None
+    end_score: Tensor | None = None
+    weight: Tensor = field(default_factory=lambda: torch.ones(()))
 
 
 class EndPointRegression(PathWeighted):
@@ -110,15 +116,27 @@ class EndPointRegression(PathWeighted):
         self.loss_micro_batch = loss_micro_batch
         self.checkpoint = checkpoint
 
+    def setup(self, stage: str) -> None:
+        """Refuse end points that are not the model's."""
+        super().setup(stage)
+        if stage == "fit" and self.sampler.weighted and not self.sampler.chain(self, count=False).noisy_steps:
+            raise ValueError(
+                f"{type(self).__name__}: sampler.base_last_step: true lets the base make the steps of std = 0, and of "
+                "an ODE these are all: the samples would be the base's. Say base_last_step: false."
+            )
+
     @abstractmethod
     def target(self, points: NoisedEnds) -> Tensor:
         """What x1_hat is regressed on at the noised points, (P, *shape); called without gradient."""
+
+    def completed(self, points: NoisedEnds, y: Tensor, x1_hat: Tensor) -> Tensor:
+        """The target y where it has the model's own x1_hat in it, which is given without gradient: y itself, if not."""
+        return y
 
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples and noisings of the weighted terms."""
         chain = self.sampler.chain(self)
         good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
-        weight = trajectory.weight if trajectory.importance is None else trajectory.weight * trajectory.importance
         t, factor, eps = self._draw(trajectory, chain.process)
         total, seen = trajectory.end.new_zeros(()), []
         for pairs in slices(len(t), self.loss_micro_batch):
@@ -128,7 +146,7 @@ class EndPointRegression(PathWeighted):
                 y = self.target(points)
             terms = self._terms(chain, points, y, time_weight(chain.process, points.t, self.time_weight))
             seen.append(terms.detach())
-            total = total + (terms * factor[pairs].to(terms) * weight[n.to(weight.device)]).sum()
+            total = total + (terms * factor[pairs].to(terms) * points.weight).sum()
         chain.evaluations.pairs += len(t)
         if self.times.sampling == "importance":
             sums = self.times.update(t, torch.cat(seen)).to(total.device)
@@ -144,7 +162,10 @@ class EndPointRegression(PathWeighted):
         """The terms of a micro-batch by one (checkpointed) network call, (P,)."""
 
         def terms(x: Tensor) -> Tensor:
-            return regression_terms(self._x1_hat(chain, self.predictor, x, points.t, points.condition), y, factor)
+            x1_hat = self._x1_hat(chain, self.predictor, x, points.t, points.condition)
+            with torch.no_grad():
+                aim = self.completed(points, y, x1_hat.detach())
+            return regression_terms(x1_hat, aim, factor)
 
         chain.evaluations.backward += len(y) * self.predictor.backward_cost
         if self.checkpoint:
@@ -156,17 +177,19 @@ class EndPointRegression(PathWeighted):
         return chain.process.interpret(output, predictor.prediction_type, x, t).x1_hat
 
     def _noised(self, process: Process, trajectory: Trajectory, n: Tensor, t: Tensor, eps: Tensor) -> NoisedEnds:
-        x1, gradient = trajectory.end[n], trajectory.reward_gradient
-        index = trajectory.index[n]
+        path = trajectory[n]
         return NoisedEnds(
-            x1=x1,
-            x=process.add_noise(x1, eps, t.to(x1.device)),
+            x1=path.end,
+            x=process.add_noise(path.end, eps, t.to(path.end.device)),
             t=t,
-            condition=trajectory.condition[index],
-            index=index,
-            reward=trajectory.reward[n],
-            reward_gradient=None if gradient is None else gradient[n],
-            lam=trajectory.lam,
+            condition=path.condition[path.index],
+            index=path.index,
+            reward=path.reward,
+            reward_gradient=path.reward_gradient,
+            lam=path.lam,
+            advantage=path.advantage,
+            end_score=path.end_score,
+            weight=path.weight if path.importance is None else path.weight * path.importance,
         )
 
     def _draw(self, trajectory: Trajectory, process: Process) -> tuple[Tensor, Tensor, Tensor]:
