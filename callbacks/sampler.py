@@ -89,6 +89,7 @@ class TrajectorySampler(Sampler, Callback):
         self.guidance_scale = guidance_scale
         self.transition = transition or DDIM()
         self.rollout_every = rollout_every
+        self.buffer_size = buffer_size
         self.replay_samples = replay_samples
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch

@@ -21,6 +21,7 @@ class Sampler(ABC):
     Attributes:
         seed: the key of all its draws.
         batches: training batches so far, the current one included; restored by a checkpoint.
+        buffer_size: rollouts that are kept for the batches between two fresh ones.
         replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
@@ -31,6 +32,7 @@ class Sampler(ABC):
 
     seed: int
     batches: int
+    buffer_size: int
     replay_samples: int | None
     guidance_scale: float
     samples_per_condition: int
