@@ -109,5 +109,8 @@ def test_relabelled_keeps_distances_and_forgets_everything_else() -> None:
     torch.testing.assert_close(pair_distances(y).sort().values, pair_distances(x).sort().values)
     size = (x[0].square().sum() / 15) ** 0.5
     assert y.mean(0).abs().max() < 4.5 * size * 1.5 / 4000**0.5
-    handed = torch.linalg.det(y[:, :3]).sign() * torch.linalg.det(x[0, :3]).sign()
+    order = y.norm(dim=2).argsort(1)  # the labels are gone, the lengths are not
+    assert (order[:, 0].bincount(minlength=5) - 800).abs().max() < 4.5 * 800**0.5
+    by_size = y.gather(1, order[..., None].expand_as(y))
+    handed = torch.linalg.det(by_size[:, :3]).sign()
     assert abs(float(handed.mean())) < 4 / 4000**0.5  # as many reflections as turns

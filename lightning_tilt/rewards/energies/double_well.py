@@ -20,11 +20,11 @@ def double_well_energy(x: Tensor, a: float = 0.9, b: float = -4.0, d0: float = 4
 
 
 class DoubleWell4(ParticleDensity):
-    """DW4, states (4, 2), on the mean-free subspace of dimension 6; log Z is not known.
+    """DW4, states (4, 2), on the mean-free subspace of dimension 6; log Z is not known exactly.
 
     The constants are those of Koehler, Klein, Noe, "Equivariant Flows" (arXiv 2006.02425), at temperature 1 and with
     their linear term 0, as iDEM (arXiv 2402.06121) and Adjoint Sampling use them. At coincident particles the energy is
-    finite and the gradient is given as 0.
+    finite and the gradient is given as 0. log Z is 29.67 +- .01, by importance sampling from a Gaussian (4e7 samples).
 
     The reference: 4,000 samples, ends of independent chains (`make_references`); mean energy -22.5, standard deviation
     1.9.
