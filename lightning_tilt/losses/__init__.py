@@ -1,5 +1,32 @@
 """Losses: one method a file, first the pure function, then its mixin."""
 
 from lightning_tilt.losses.adjoint_matching import AdjointMatching
+from lightning_tilt.losses.adjoint_sampling import AdjointSampling
+from lightning_tilt.losses.cross_entropy import CrossEntropy
+from lightning_tilt.losses.efficient_adjoint_matching import EfficientAdjointMatching
+from lightning_tilt.losses.grpo import GRPO
+from lightning_tilt.losses.log_variance import LogVariance, TrajectoryBalance
+from lightning_tilt.losses.reinforce import Reinforce
+from lightning_tilt.losses.relative_entropy import RelativeEntropy
+from lightning_tilt.losses.score_matching import (
+    ConditionalScoreMatching,
+    MixedScoreMatching,
+    NovelScoreMatching,
+    TargetScoreMatching,
+)
 
-__all__ = ["AdjointMatching"]
+__all__ = [
+    "GRPO",
+    "AdjointMatching",
+    "AdjointSampling",
+    "ConditionalScoreMatching",
+    "CrossEntropy",
+    "EfficientAdjointMatching",
+    "LogVariance",
+    "MixedScoreMatching",
+    "NovelScoreMatching",
+    "Reinforce",
+    "RelativeEntropy",
+    "TargetScoreMatching",
+    "TrajectoryBalance",
+]

@@ -57,6 +57,7 @@ class Times(nn.Module):
     """
 
     moments: Tensor
+    bins: int = _BINS
 
     def __init__(self, sampling: TimeSampling, t_min: float, t_max: float) -> None:
         super().__init__()
@@ -88,6 +89,11 @@ class Times(nn.Module):
             factor = 1 / (_BINS * q[i])
         return self.t_min + (self.t_max - self.t_min) * u, factor
 
+    def bin(self, t: Tensor) -> Tensor:
+        """Which of the even bins of [t_min, t_max] each time is in, (P,), integer, on the CPU."""
+        u = (t.double().cpu() - self.t_min) / (self.t_max - self.t_min)
+        return (u * _BINS).long().clamp(0, _BINS - 1)
+
     def density(self) -> Tensor:
         """The importance density, a probability a bin, (bins,)."""
         root = self.moments.sqrt()
@@ -96,11 +102,9 @@ class Times(nn.Module):
     @torch.no_grad()
     def update(self, t: Tensor, terms: Tensor) -> Tensor:
         """Squares of the terms a bin and their counts, (2, bins), for `learn` after a sum over the processes."""
-        u = (t.double().cpu() - self.t_min) / (self.t_max - self.t_min)
-        i = (u * _BINS).long().clamp(0, _BINS - 1)
         sums = torch.zeros(2, _BINS, dtype=torch.float64)
         squares = terms.detach().double().cpu() ** 2
-        return sums.index_add(1, i, torch.stack([squares, torch.ones_like(squares)]))
+        return sums.index_add(1, self.bin(t), torch.stack([squares, torch.ones_like(squares)]))
 
     @torch.no_grad()
     def learn(self, sums: Tensor) -> None:
