@@ -18,7 +18,7 @@ from repository import ROOT, files
 LONGEST = 260
 
 MATHEMATICS = {"condition", "identities", "process", "trajectory", "transition"}
-INTERFACES = {"chain", "evaluations", "frozen", "interfaces", "noise", "steering"}
+INTERFACES = {"chain", "evaluations", "frozen", "interfaces", "noise", "steering", "transport"}
 SHARED = {"mathematics", "interfaces"}
 RUN = {"loggers", "run_folder", "strategies"}
 

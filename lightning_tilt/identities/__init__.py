@@ -20,7 +20,7 @@ from lightning_tilt.identities.marginals import (
 )
 from lightning_tilt.identities.resampling import Resampling, resample
 from lightning_tilt.identities.treatment import Treatment, treat_weights
-from lightning_tilt.identities.weights import ess, expectation, forward_ess, log_partition
+from lightning_tilt.identities.weights import ess, ess_rows, expectation, forward_ess, log_partition
 
 __all__ = [
     "Estimate",
@@ -32,6 +32,7 @@ __all__ = [
     "divergence",
     "elbo",
     "ess",
+    "ess_rows",
     "eubo",
     "expectation",
     "forward_drift",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_tilt.identities.estimate import Estimate, jackknifed
 
-__all__ = ["ess", "expectation", "forward_ess", "log_partition"]
+__all__ = ["ess", "ess_rows", "expectation", "forward_ess", "log_partition"]
 
 
 def ess(log_w: Tensor) -> float:
@@ -33,10 +33,15 @@ def ess(log_w: Tensor) -> float:
         >>> ess(torch.zeros(5)), round(ess(torch.tensor([0.0, -1e9])), 3)
         (1.0, 0.5)
     """
+    return float(ess_rows(log_w.flatten()))
+
+
+def ess_rows(log_w: Tensor) -> Tensor:
+    """The same for each of many groups of n log weights: (..., n) to (...), float64."""
     log_w = log_w.double()
-    log_n = math.log(log_w.numel())
-    fraction = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0) - log_n)
-    return float(fraction.clamp(max=1))  # above 1 only by rounding
+    log_n = math.log(log_w.shape[-1])
+    fraction = torch.exp(2 * torch.logsumexp(log_w, -1) - torch.logsumexp(2 * log_w, -1) - log_n)
+    return fraction.clamp(max=1)  # above 1 only by rounding
 
 
 def forward_ess(log_w_backward: Tensor) -> float:
