@@ -20,15 +20,13 @@ from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.chain import Chain, evaluating, slices
-from lightning_tilt.condition import Condition
-from lightning_tilt.interfaces import LamSchedule, Loss
+from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.losses.lean_adjoint import lean_adjoint
+from lightning_tilt.losses.pair_controls import PairControls, Pairs
 from lightning_tilt.noise import keyed_choice
 from lightning_tilt.trajectory import Trajectory
-from lightning_tilt.transition import control
 
 __all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms"]
 
@@ -49,7 +47,7 @@ def adjoint_matching_terms(u: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:
     return 0.5 * ((u + std * adjoint) ** 2).flatten(1).sum(1)
 
 
-class AdjointMatching(Loss):
+class AdjointMatching(PairControls):
     """Adjoint Matching as a mixin: `class MyTilt(AdjointMatching, TiltModule)`.
 
     Consistent on policy; needs the reward's gradient and memoryless transitions; no path weights.
@@ -74,13 +72,7 @@ class AdjointMatching(Loss):
             (published: 1.6); None keeps all. Biased: it cuts the largest adjoints.
         adjoint_guidance: guidance of the base in the adjoint sweep; None: the sampler's.
         control_guidance: guidance of both models in the control; None: the sampler's.
-        unconditional_gradient: train through the unconditional branch of a guided control too.
         adjoint_micro_batch: samples swept at once; None: all.
-        loss_micro_batch: (sample, step) pairs in one network call of the loss; None: all. Values and gradients do not
-            depend on it.
-        checkpoint: recompute each micro-batch of the loss in the backward pass: memory stays that of one micro-batch,
-            for one more forward a pair.
-        allow_non_memoryless: accept transitions that are not memoryless, and the bias that comes with them.
         args: passed on to the host.
         kwargs: passed on to the host.
     """
@@ -98,14 +90,10 @@ class AdjointMatching(Loss):
         loss_cap: float | None = None,
         adjoint_guidance: float | None = None,
         control_guidance: float | None = None,
-        unconditional_gradient: bool = False,
         adjoint_micro_batch: int | None = None,
-        loss_micro_batch: int | None = None,
-        checkpoint: bool = True,
-        allow_non_memoryless: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, lam=lam, allow_non_memoryless=allow_non_memoryless, **kwargs)
+        super().__init__(*args, lam=lam, **kwargs)
         if supervised_steps != "all" and not (isinstance(supervised_steps, int) and supervised_steps >= 1):
             raise ValueError(f"supervised_steps must be 'all' or at least 1, not {supervised_steps!r}")
         if last_steps < 0 or (last_steps > 0 and supervised_steps == "all"):
@@ -118,10 +106,7 @@ class AdjointMatching(Loss):
         self.loss_cap = loss_cap
         self.adjoint_guidance = adjoint_guidance
         self.control_guidance = control_guidance
-        self.unconditional_gradient = unconditional_gradient
         self.adjoint_micro_batch = adjoint_micro_batch
-        self.loss_micro_batch = loss_micro_batch
-        self.checkpoint = checkpoint
 
     def prepare(self, trajectory: Trajectory) -> Trajectory:
         """Sweep the lean adjoint through the base, and weigh the paths where the sweep met all of their steps."""
@@ -158,10 +143,9 @@ class AdjointMatching(Loss):
         factors = self._step_factors(chain, steps, trajectory.lam).to(trajectory.states)
         good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
         total, capped, control_norm, largest = trajectory.states.new_zeros(4).unbind()
-        for pairs in slices(samples * len(steps), self.loss_micro_batch):
-            pair = torch.arange(pairs.start, pairs.stop)
-            j, n = pair // samples, pair % samples
-            terms, norms = self._terms(chain, trajectory, j, n)
+        for pairs in self.pairs(trajectory):
+            j, n = pairs.j, pairs.n
+            terms, norms = self._terms(chain, trajectory, pairs)
             dropped = terms.detach() > factors[j, 1]
             total = total + (terms.where(~dropped, 0.0) * factors[j, 0] * trajectory.weight[n]).sum()
             capped = capped + dropped.sum()
@@ -178,39 +162,26 @@ class AdjointMatching(Loss):
             logged["capped_fraction"] = capped / (samples * len(steps))
         return total / (good * len(steps)), logged
 
-    def _terms(self, chain: Chain, trajectory: Trajectory, j: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        """The terms of the pairs (supervised[j], n) and the norms |u|, (P,), by one (checkpointed) network call."""
-        assert trajectory.supervised is not None and trajectory.adjoint is not None
-        k = trajectory.supervised[j]
-        x, adjoint = trajectory.states[k, n], trajectory.adjoint[j, n]
-        condition = trajectory.condition[trajectory.index[n]]
+    def _terms(self, chain: Chain, trajectory: Trajectory, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        """The terms of the pairs and the norms |u|, (P,)."""
+        assert trajectory.adjoint is not None
+        adjoint = trajectory.adjoint[pairs.j, pairs.n]
         scale = self.sampler.guidance_scale if self.control_guidance is None else self.control_guidance
-        base_mean = self._control_base_mean(chain, trajectory, condition, scale, j, n)
 
-        def terms(x: Tensor) -> tuple[Tensor, Tensor]:
-            output = chain.output(self.predictor, x, k, condition, scale, self.unconditional_gradient)
-            law = chain.kernel(self.predictor, output, x, k)
-            u = control(law.mean, base_mean, law.std)
-            return adjoint_matching_terms(u, law.std, adjoint), u.detach().flatten(1).norm(dim=1)
+        def terms(u: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+            return adjoint_matching_terms(u, std, adjoint), u.detach().flatten(1).norm(dim=1)
 
-        both = scale != 1 and self.unconditional_gradient
-        chain.evaluations.backward += len(x) * self.predictor.backward_cost * (2 if both else 1)
-        if self.checkpoint:
-            return cast(tuple[Tensor, Tensor], checkpoint(terms, x, use_reentrant=False))
-        return terms(x)
+        return self.at_pairs(chain, pairs, self._control_base_mean(chain, trajectory, pairs, scale), scale, terms)
 
-    def _control_base_mean(
-        self, chain: Chain, trajectory: Trajectory, condition: Condition, scale: float, j: Tensor, n: Tensor
-    ) -> Tensor:
+    def _control_base_mean(self, chain: Chain, trajectory: Trajectory, pairs: Pairs, scale: float) -> Tensor:
         """The base's mean under the control's guidance: the sweep's where that had the same guidance."""
-        assert trajectory.supervised is not None and trajectory.base_mean is not None
+        assert trajectory.base_mean is not None
         swept = self.sampler.guidance_scale if self.adjoint_guidance is None else self.adjoint_guidance
         if swept == scale:
-            return trajectory.base_mean[j, n]
-        k = trajectory.supervised[j]
+            return trajectory.base_mean[pairs.j, pairs.n]
         with torch.no_grad(), evaluating(self.predictor), self.predictor.base() as base:
-            x = trajectory.states[k, n]
-            return chain.kernel(base, chain.output(base, x, k, condition, scale), x, k).mean
+            output = chain.output(base, pairs.x, pairs.k, pairs.condition, scale)
+            return chain.kernel(base, output, pairs.x, pairs.k).mean
 
     def _draw_steps(self, trajectory: Trajectory, chain: Chain) -> list[int]:
         """The supervised steps of this rollout: never one of std = 0."""
