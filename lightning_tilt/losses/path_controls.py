@@ -27,10 +27,10 @@ from torch import Tensor
 from lightning_tilt.chain import Chain, evaluating
 from lightning_tilt.interfaces import Loss
 from lightning_tilt.interfaces.sampler import Sampler
-from lightning_tilt.losses.pair_controls import PairControls
+from lightning_tilt.losses.pair_controls import PairControls, Pairs
 from lightning_tilt.trajectory import Trajectory
 
-__all__ = ["PathControls", "StepTerms", "check_last_step", "rollout_terms", "step_terms"]
+__all__ = ["Pairs", "PathControls", "StepTerms", "check_last_step", "rollout_terms", "step_terms"]
 
 
 @dataclass(frozen=True)
