@@ -213,10 +213,16 @@ def test_prompts_and_micro_batches_do_not_mix(guided: bool) -> None:
 
 def test_evaluations_are_counted() -> None:
     predictor = gaussian(MU, V, PROCESS)
-    for settings, expected in (({}, (120, 0)), ({"guided": True}, (120, 108)), ({"proposal": "tuned"}, (228, 0))):
+    for settings, expected in (
+        ({}, (120, 0, 120)),
+        ({"guided": True}, (120, 108, 132)),  # one VJP a step but the last, whose std is 0; a reward at k = 0 too
+        ({"proposal": "tuned"}, (228, 0, 120)),
+        ({"twist": "none"}, (120, 0, 12)),
+    ):
         chain = Chain(PROCESS, DDIM(), PROCESS.grid(K))
         steer(SMC(particles=12, **settings), predictor, chain=chain)  # type: ignore[arg-type]
-        assert (chain.evaluations.forward, chain.evaluations.vjp) == expected
+        seen = chain.evaluations
+        assert (seen.forward, seen.vjp, seen.reward) == expected
     chain = Chain(PROCESS, DDIM(), PROCESS.grid(K))
     steer(SMC(particles=12, guided=True, twist="state"), predictor, chain=chain)
     assert chain.evaluations.vjp == 0

@@ -12,8 +12,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_tilt.chain import Chain, evaluating, slices
+from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
+from lightning_tilt.evaluations import evaluating, slices
 from lightning_tilt.identities import Estimate, Resampling, ess_rows, log_partition, resample, stratified
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
@@ -52,7 +53,8 @@ class SMC:
 
     Args:
         particles: particles for each prompt, all replicates together.
-        replicates: independent runs that the particles are split into; their spread gives log Z its standard error.
+        replicates: independent runs that the particles are split into; their spread gives log Z its standard error,
+            which is itself a rough number from a few of them: 16 and more where it matters.
         resample_below: resample a replicate whose effective sample size falls under this fraction; 0: never.
         kind: how resampling draws, "systematic" or "stratified".
         twist: "x1_hat" judges a particle by the reward of the predicted end point, "state" by that of the state

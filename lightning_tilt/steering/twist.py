@@ -11,8 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_tilt.chain import Chain, slices
+from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
+from lightning_tilt.evaluations import slices
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.transition import control
@@ -96,6 +97,7 @@ class Twisted:
         """The rewards of decoded states, (B,), checked."""
         prompts = self.condition.prompts
         r = self.reward.score(self.predictor.decode(x), None if prompts is None else prompts[i])
+        self.chain.evaluations.reward += len(x)
         if r.shape != (len(x),):
             raise ValueError(
                 f"{type(self.reward).__name__}.score returned shape {tuple(r.shape)} for {len(x)} samples; it should "
