@@ -180,7 +180,7 @@ class TiltReport(Callback):
         chain = sampler.chain(host, count=False)
         report = compare(base, tuned, host.lam.lam, sampler.weighted and bool(chain.noisy_steps))
         report |= {
-            "loss": re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(host).__name__.removesuffix("Task")).lower(),
+            "loss": _loss_name(host),
             "reward": type(host.reward).__name__,
             "chain": f"{chain.steps} steps of {chain.transition!r}",
             "evaluations": evaluations.as_dict(),
@@ -204,6 +204,12 @@ class TiltReport(Callback):
         if (folder / "metrics.csv").exists():
             curves(folder / "curves.png", folder / "metrics.csv", report)
         rank_zero_info(_summary(report, folder))
+
+
+def _loss_name(host: Any) -> str:
+    """The class in small letters, and the loss's variant: adjoint_matching, cmcd_kl."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(host).__name__.removesuffix("Task")).lower()
+    return name if host.variant is None else f"{name}_{host.variant}"
 
 
 def _validation_prompts(trainer: Trainer) -> list[str | None]:

@@ -175,6 +175,11 @@ class Loss(ABC):
         return []
 
     @property
+    def variant(self) -> str | None:
+        """Which of its objectives a loss minimises, where it has several: a part of its name in reports."""
+        return None
+
+    @property
     def sampler(self) -> Sampler:
         """The trainer's sampler callback."""
         return find_sampler(cast(LightningModule, self))

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
     from lightning_tilt.models.stable_diffusion import StableDiffusion as StableDiffusion
     from lightning_tilt.models.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+    from lightning_tilt.models.transport import NeuralTransport as NeuralTransport
+    from lightning_tilt.models.transport import PotentialTransport as PotentialTransport
 
 _HOMES = {
     "EquivariantTilt": "lightning_tilt.models.equivariant",
@@ -25,6 +27,8 @@ _HOMES = {
     "GaussianMixturePredictor": "lightning_tilt.models.closed_form",
     "LatentDiffusion": "lightning_tilt.models.latent_diffusion",
     "NeuralTilt": "lightning_tilt.models.neural",
+    "NeuralTransport": "lightning_tilt.models.transport",
+    "PotentialTransport": "lightning_tilt.models.transport",
     "StableDiffusion": "lightning_tilt.models.stable_diffusion",
     "StableDiffusion3": "lightning_tilt.models.stable_diffusion_3",
     "the_mixture": "lightning_tilt.models.closed_form",
@@ -37,6 +41,8 @@ __all__ = [
     "GaussianMixturePredictor",
     "LatentDiffusion",
     "NeuralTilt",
+    "NeuralTransport",
+    "PotentialTransport",
     "StableDiffusion",
     "StableDiffusion3",
     "the_mixture",
