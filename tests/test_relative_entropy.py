@@ -15,8 +15,15 @@ from path_losses import (
     same_gradient,
     same_whatever_the_micro_batches,
 )  # fmt: skip
+from repository import ROOT
+from toys import fit
 
+from lightning_tilt.callbacks import TrajectorySampler
+from lightning_tilt.models import StableDiffusion
+from lightning_tilt.rewards import Ink
 from lightning_tilt.tasks import LogVarianceTask, RelativeEntropyTask
+
+DIGITS = ROOT / "lightning_tilt/assets/digits-sd15"
 
 
 @pytest.mark.parametrize("last_steps", [None, 2, 1])
@@ -111,3 +118,27 @@ def test_what_cannot_work_is_refused() -> None:
         net_update(RelativeEntropyTask, last_steps=0)
     with pytest.raises(ValueError, match="base_last_step: true"):
         net_update(RelativeEntropyTask, sampler={"base_last_step": False})
+
+
+@pytest.mark.parametrize("kind", [RelativeEntropyTask, LogVarianceTask])
+def test_latent_diffusion_with_adapters(kind: type) -> None:
+    """One update on the digits of SD 1.5's kind: a checkpointed, guided LoRA has the gradient of a plain one."""
+    gradients = []
+    for kwargs in ({"checkpoint": False}, {"checkpoint": True, "loss_micro_batch": 3}):
+        torch.manual_seed(0)
+        predictor = StableDiffusion(DIGITS, rank=2)
+        for name, parameter in predictor.trained_parameters().items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)  # away from the base, where half of the gradients are 0
+        task = kind(
+            predictor=predictor, reward=Ink(), optimizer=lambda p: torch.optim.SGD(p, lr=0.0), lam=10.0, **kwargs
+        )
+        sampler = TrajectorySampler(steps=3, samples_per_condition=2, guidance_scale=2.0)
+        recorder = fit(task, sampler, [["a photo of the digit three", "seven"]])
+        assert 0 < float(task.trainer.callback_metrics["train/kl"]) < 1e3
+        gradients.append(recorder.gradients[0])
+    plain, cut = gradients
+    assert plain.keys() == cut.keys() and all("lora_" in name for name in plain)
+    norm = torch.stack([g.norm() for g in plain.values()]).norm()
+    difference = torch.stack([(plain[name] - cut[name]).norm() for name in plain]).norm()
+    assert norm > 0 and difference < 1e-3 * norm
