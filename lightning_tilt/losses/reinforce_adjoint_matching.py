@@ -101,6 +101,7 @@ class _Reinforced(EndPointRegression):
         """Compare each sample with the others of its prompt."""
         trajectory = super().prepare(trajectory)
         gain = trajectory.lam * (trajectory.reward.double() - self._baseline(trajectory))
+        gain = torch.where(trajectory.weight > 0, gain, 0.0)  # one that is left out must not overflow either
         return replace(trajectory, advantage=self.factor(gain).to(trajectory.reward))
 
     def target(self, points: NoisedEnds) -> Tensor:

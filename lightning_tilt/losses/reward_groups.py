@@ -105,10 +105,8 @@ class RewardGroups:
 
     def ess(self, h: float) -> Tensor:
         """The sum over groups of the ESS of exp(h r), as a fraction of the group, and the number of groups: (2,)."""
-        peak = self.reward.new_full((int(self.group.max()) + 1,), -torch.inf)
-        log_w = torch.where(self.good > 0, h * self.reward, -torch.inf)
-        peak = peak.index_reduce(0, self.group, log_w, "amax")[self.group]
-        w = torch.where(self.good > 0, (log_w - peak).exp(), 0.0)
-        n, one, two = (group_sums(self.good, self.group, v) for v in (None, w, w**2))
-        some = n > 0
-        return torch.stack([(one**2 / (n * two))[some].sum(), some.sum().to(one)])
+        member = (self.group == torch.arange(int(self.group.max()) + 1).to(self.group)[:, None]) & (self.good > 0)
+        member = member[member.any(1)]
+        log_w = torch.where(member, h * self.reward, -torch.inf)
+        log_ess = 2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1)
+        return torch.stack([(log_ess.exp() / member.sum(1)).sum(), self.good.new_tensor(len(member))])

@@ -53,8 +53,7 @@ def tilt_weights(groups: RewardGroups, h: float) -> Tensor:
     The mean of the others is independent of X_1, so that E[w (X_1 - x1_hat) | X_t] = 0 has the solution b_{a+h} at any
     number of samples; with the mean of all n it is short of it by the part 1/n.
     """
-    peak = groups.reward[groups.good > 0].max() if bool((groups.good > 0).any()) else 0.0
-    weight = torch.exp(h * (groups.reward - peak))
+    weight = torch.exp(h * (groups.reward - groups.means(groups.reward, others=False)))  # any number will do for c
     return weight / groups.means(weight)
 
 
@@ -128,7 +127,7 @@ class TiltMatching(EndPointRegression):
 
     @property
     def variant(self) -> str | None:
-        """ "explicit", "implicit" or "weighted"."""
+        """Which of the three regressions: part of the report's name of the loss."""
         return self._variant
 
     def setup(self, stage: str) -> None:
@@ -155,7 +154,7 @@ class TiltMatching(EndPointRegression):
             advantage = h * (groups.reward - groups.means(groups.reward))
         else:
             advantage = tilt_weights(groups, h) - 1
-        advantage = advantage[groups.mine].to(trajectory.reward)
+        advantage = torch.where(groups.good > 0, advantage, 0.0)[groups.mine].to(trajectory.reward)
         importance = 1 + advantage if self._variant == "weighted" else None
         return replace(trajectory, advantage=advantage, importance=importance)
 
