@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..loggers import read_metrics
 
-__all__ = ["before_after", "curves", "image_grid", "reward_histogram"]
+__all__ = ["BASE", "EXACT", "TUNED", "before_after", "curves", "image_grid", "reward_histogram", "tidy"]
 
 BASE, TUNED, EXACT = "#7f8c99", "#c8553d", "#2b6777"
 
@@ -98,7 +98,7 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
     axis.set_xlabel("reward")
     axis.set_ylabel("density")
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
-    _tidy(axis)
+    tidy(axis)
     figure.savefig(path, dpi=150)
 
 
@@ -118,7 +118,7 @@ def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> Non
         axis.plot(*zip(*points, strict=True), color=TUNED, lw=1.2)
         axis.set_title(name.removeprefix("train/"), fontsize=10)
         axis.set_xlabel("update")
-        _tidy(axis)
+        tidy(axis)
         if name == "train/reward":
             for key, colour in (("reward_base", BASE), ("reward_exact", EXACT)):
                 axis.axhline(report[key]["mean"], color=colour, lw=1.2, ls="--", label=key.removeprefix("reward_"))
@@ -142,9 +142,10 @@ def _scatter(path: str | Path, base: Tensor, tuned: Tensor) -> None:
             axis.scatter(points[:5000, 0].numpy(), points[:5000, 1].numpy(), s=3, alpha=0.35, color=colour, lw=0)
             axis.set_aspect("equal")
         axis.set_title(f"{name}, from the same noise", fontsize=10)
-        _tidy(axis)
+        tidy(axis)
     figure.savefig(path, dpi=150)
 
 
-def _tidy(axis: Axes) -> None:
+def tidy(axis: Axes) -> None:
+    """Take the upper and the right line away."""
     axis.spines[["top", "right"]].set_visible(False)
