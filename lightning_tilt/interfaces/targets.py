@@ -56,8 +56,10 @@ def x1_of_mean(chain: Chain, x: Tensor, mean: Tensor, k: int) -> Tensor:
 
 def mean_slopes(chain: Chain) -> Tensor:
     """c_k of all steps, (K,), float64."""
-    zero = torch.zeros(1, 1, dtype=torch.float64, device=chain.t.device)
-    return torch.cat([_mean(chain, zero, zero + 1, k).flatten() for k in range(chain.steps)])
+    t, s = chain.t[:-1], chain.t[1:]
+    zero = torch.zeros(chain.steps, 1, dtype=torch.float64, device=t.device)
+    prediction = chain.process.interpret(zero + 1, "sample", zero, t)
+    return chain.transition(chain.process, zero, prediction, t, s).mean.flatten()
 
 
 def control_factor(chain: Chain) -> Tensor:
