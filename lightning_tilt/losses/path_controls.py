@@ -127,7 +127,7 @@ class PathControls(PairControls):
         log_ratio, kl = (torch.cat(part).reshape(xi.shape[:2]) for part in zip(*parts, strict=True))
         return StepTerms(log_ratio, kl)
 
-    def rollout_terms(self, chain: Chain, trajectory: Trajectory) -> StepTerms:
+    def drawn_terms(self, chain: Chain, trajectory: Trajectory) -> StepTerms:
         """`l_k^v` and `q_k^v` of the model that drew the paths, (J, N) each; 0 for samples that are left out."""
         terms, good = rollout_terms(*self._innovations(chain, trajectory)), trajectory.weight > 0
         return StepTerms(terms.log_ratio.where(good, 0.0), terms.kl.where(good, 0.0))

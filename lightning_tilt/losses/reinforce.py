@@ -58,7 +58,7 @@ class Reinforce(PathControls):
         """Mean over good samples of a surrogate whose gradient is the policy's; its value means nothing."""
         chain, weight = self.sampler.chain(self), trajectory.weight
         good = self.mean_over_ranks(weight.sum()).clamp(min=1)
-        drawn = self.rollout_terms(chain, trajectory)
+        drawn = self.drawn_terms(chain, trajectory)
         advantage = self.centred(trajectory, reward_to_go(trajectory.lam * trajectory.reward, drawn.kl))
         steps = self.model_terms(chain, trajectory)
         terms = reinforce_terms(advantage, steps.log_ratio, steps.kl)
