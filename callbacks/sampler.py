@@ -245,9 +245,7 @@ class TrajectorySampler(Sampler, Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the streams, counters and buffer of a checkpoint."""
         if self._given_seed not in (None, state_dict["seed"]):
-            rank_zero_warn(
-                f"sampler.seed is {self._given_seed}, the checkpoint's {state_dict['seed']}: the samples will differ"
-            )
+            rank_zero_warn(f"sampler.seed {self._given_seed} is not the checkpoint's: the samples will differ")
         elif self._given_seed is None:
             self._given_seed = self.seed = state_dict["seed"]
         self.batches, self._rollouts, self._since = (state_dict[k] for k in ("batches", "rollouts", "since"))

@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
@@ -21,15 +21,20 @@ from lightning.pytorch.utilities import rank_zero_info
 import lightning_tilt.callbacks
 import lightning_tilt.data
 import lightning_tilt.models.closed_form
+import lightning_tilt.models.equivariant
+import lightning_tilt.models.gaussian_base
 import lightning_tilt.models.neural
 import lightning_tilt.models.stable_diffusion
 import lightning_tilt.models.stable_diffusion_3
 import lightning_tilt.rewards
+import lightning_tilt.rewards.energies
+import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
-from lightning_tilt.callbacks import PredictionWriter, TrajectorySampler
+from lightning_tilt.callbacks import PredictionWriter, SteeredSampler, TrajectorySampler
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, set_aside
+from lightning_tilt.steering import SMC
 
 __all__ = ["SaveRun", "TiltCLI", "main"]
 
@@ -105,8 +110,15 @@ class TiltCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The sampler is a block of its own."""
+        """The sampler is a block of its own, and so is steering, which is off unless asked for."""
         parser.add_lightning_class_args(TrajectorySampler, "sampler")
+        parser.add_argument(
+            "--steering",
+            type=Literal["none", "smc"],
+            default="none",
+            help="steer the samples of validate, test and predict without training: by sequential Monte Carlo",
+        )
+        parser.add_class_arguments(SMC, "smc", skip={"scale", "micro_batch"})
         parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -124,7 +136,19 @@ class TiltCLI(LightningCLI):
         config = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
         if config.logger is None or config.logger is True:
             kwargs.setdefault("logger", RunLogger(config.default_root_dir))
-        return super().instantiate_trainer(**kwargs)
+        steering = self._get(self.config_init, "steering") == "smc"
+        smc: SMC = self._get(self.config_init, "smc")
+        if steering and self.subcommand == "fit":
+            raise ValueError("--steering smc is for validate, test and predict: a fit trains on plain rollouts")
+        if steering and smc.guided:
+            kwargs["inference_mode"] = False  # the gradient of the twist
+        trainer: Trainer = super().instantiate_trainer(**kwargs)
+        if steering:
+            trainer.callbacks[:] = [  # type: ignore[attr-defined]
+                SteeredSampler(c, smc) if isinstance(c, TrajectorySampler) else c
+                for c in trainer.callbacks  # type: ignore[attr-defined]
+            ]
+        return trainer
 
 
 def _with_checkpoint_first(args: list[str]) -> list[str]:

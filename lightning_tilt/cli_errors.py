@@ -24,7 +24,10 @@ _OPTION = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not exp
 _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _UNRECOGNISED = re.compile(r"[Uu]nrecognized arguments: (\S+)|does not accept option '([^']+)'")
 _OWNER = re.compile(r"Option '[^']+' is not accepted\. Got value: Namespace\(class_path='([^']+)'")
-_ROOMS = ("tasks", "rewards", "data", "callbacks", "models", "models.neural", "models.closed_form", "transition")
+_ROOMS = (
+    "tasks", "rewards", "rewards.energies", "rewards.mixture_density", "data", "callbacks", "models", "models.neural",
+    "models.closed_form", "models.gaussian_base", "models.equivariant", "models.transport", "transition", "process",
+)  # fmt: skip
 
 
 def one_line(message: str, options: Iterable[str]) -> str:

@@ -16,11 +16,22 @@ from torch import Tensor
 __all__ = ["Stream", "keyed_choice", "keyed_normal", "keyed_normal_rows", "keyed_uniform_rows"]
 
 Stream = Literal[
-    "train", "validate", "test", "predict", "steps", "report", "buffer", "times", "renoise", "probes", "resample"
+    "train",
+    "validate",
+    "test",
+    "predict",
+    "steps",
+    "report",
+    "buffer",
+    "times",
+    "renoise",
+    "probes",
+    "resample",
+    "steering",
 ]
 _STREAMS: dict[str, int] = {
     "train": 1, "validate": 2, "test": 3, "predict": 4, "steps": 5, "report": 6, "buffer": 7,
-    "times": 8, "renoise": 9, "probes": 10, "resample": 11,
+    "times": 8, "renoise": 9, "probes": 10, "resample": 11, "steering": 12,
 }  # fmt: skip
 
 

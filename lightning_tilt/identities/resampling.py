@@ -24,6 +24,7 @@ def resample(
     log_w: Tensor,
     kind: Resampling = "systematic",
     *,
+    count: int | None = None,
     uniforms: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -32,11 +33,12 @@ def resample(
     Args:
         log_w: log weights, (n,); -inf is never kept.
         kind: how the points lie.
-        uniforms: numbers in [0, 1), (n,); systematic resampling reads the first alone.  None draws them.
+        count: how many are kept, m; None: as many as there are.
+        uniforms: numbers in [0, 1), (m,); systematic resampling reads the first alone.  None draws them.
         generator: what draws them where none are given.
 
     Returns:
-        Indices, not falling, (n,), integer.
+        Indices, not falling, (m,), integer.
 
     Raises:
         ValueError: for an unknown kind, too few uniforms, or weights that do not sum to a positive number.
@@ -48,15 +50,16 @@ def resample(
     if kind not in get_args(Resampling):
         raise ValueError(f"unknown resampling {kind!r}; known are {', '.join(get_args(Resampling))}")
     n = log_w.numel()
-    wanted = n if kind == "stratified" else 1
+    m = n if count is None else count
+    wanted = m if kind == "stratified" else 1
     if uniforms is None:
         uniforms = torch.rand(wanted, dtype=torch.float64, generator=generator, device=log_w.device)
     if uniforms.numel() < wanted:
-        raise ValueError(f"{kind} resampling of {n} particles needs {wanted} uniforms, not {uniforms.numel()}")
+        raise ValueError(f"{kind} resampling to {m} particles needs {wanted} uniforms, not {uniforms.numel()}")
     p = torch.softmax(log_w.double(), 0)
     if n == 0 or bool(p.isnan().any()):
         raise ValueError("log weights to resample by must hold a finite one, and no NaN or +inf")
-    points = (torch.arange(n, device=p.device) + uniforms.flatten()[:wanted].to(p)) / n
+    points = (torch.arange(m, device=p.device) + uniforms.flatten()[:wanted].to(p)) / m
     total = p.cumsum(0)
     # Divided by its last, so that rounding leaves no point above the last particle of positive weight.
     return torch.searchsorted(total / total[-1], points.clamp(max=1 - 2**-53), right=True)
