@@ -1,6 +1,5 @@
 """Regressions at noised end points: times, weights of times, micro-batches, buffers, and Stable Diffusion's kind."""
 
-import math
 from typing import Any
 
 import pytest
@@ -65,9 +64,8 @@ def test_the_importance_density_learns_root_mean_squares() -> None:
     assert times.moments[0] == pytest.approx(12.5) and times.moments[31] == 4.0 and times.moments[1] == 0
     times.learn(times.update(torch.tensor([0.0]), torch.tensor([5.0])))
     assert times.moments[0] == pytest.approx(0.99 * 12.5 + 0.01 * 25)
-    assert torch.equal(
-        times(torch.tensor([0.25]).double(), 0.0)[0], torch.tensor([0.125]).double()
-    )  # until all is seen
+    # Even until all bins have been seen.
+    assert times(torch.tensor([0.25], dtype=torch.float64), 0.0)[0].tolist() == [0.125]
     with pytest.raises(ValueError, match="0 <= t_min < t_max < 1"):
         Times("uniform", 0.5, 0.5)
     with pytest.raises(ValueError, match="time_sampling is one of"):
@@ -165,7 +163,7 @@ def test_efficient_adjoint_matching_of_stable_diffusions_kind() -> None:
     class Task(EfficientAdjointMatchingTask):
         def target(self, points: Any) -> Tensor:
             nodes = (1 - points.t) * 1000
-            assert torch.equal(nodes, nodes.round()) and nodes.min() >= 1 and nodes.max() <= 1000
+            assert (nodes - nodes.round()).abs().max() < 1e-9 and nodes.min() >= 1 and nodes.max() <= 1000
             return super().target(points)
 
     from toys import fit
@@ -184,4 +182,4 @@ def test_efficient_adjoint_matching_of_stable_diffusions_kind() -> None:
     pairs = 2 * 2 * 3
     assert task.sampler.evaluations.forward == 2 * 4 + 2 + pairs and task.sampler.evaluations.pairs == pairs
     assert any(not torch.equal(before[k], v) for k, v in predictor.trained_parameters().items())
-    assert all(math.isfinite(float(v.abs().sum())) for v in predictor.trained_parameters().values())
+    assert all(bool(v.isfinite().all()) for v in predictor.trained_parameters().values())

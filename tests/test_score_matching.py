@@ -25,6 +25,7 @@ from lightning_tilt.chain import Chain, Evaluations
 from lightning_tilt.condition import Condition
 from lightning_tilt.interfaces import Prompts
 from lightning_tilt.losses.base_score import base_score
+from lightning_tilt.losses.score_matching import novel_target
 from lightning_tilt.models import GaussianMixture, GaussianMixturePredictor
 from lightning_tilt.noise import keyed_normal_rows
 from lightning_tilt.process import RectifiedFlow, VariancePreserving
@@ -188,14 +189,17 @@ def test_the_optimal_mix_is_learnt_and_has_the_least_variance() -> None:
     """One batch gives the sums of a naive loop; then no other target has a smaller variance in any bin."""
     task, _ = one_fit(
         MixedScoreMatchingTask, TiltedMixturePredictor(RectifiedFlow()), quadratic(), [torch.zeros(4000)] * 2,
-        t_min=0.05, t_max=0.95, precision=0.7, sampler_class=ExactSampler, sampler={"steps": 2}, loss_micro_batch=1500, noisings=3,
+        t_min=0.05, t_max=0.95, precision=0.7, sampler_class=ExactSampler, sampler={"steps": 2},
+        loss_micro_batch=1500, noisings=3,
     )  # fmt: skip
-    batch, second = ([torch.cat(v) for v in zip(*((p.t, p.x, p.x1, *_targets(task, p)) for p, _ in part), strict=True)]
-                     for part in (task.seen[:8], task.seen[8:]))  # fmt: skip
+    batch, second = (
+        [torch.cat(v) for v in zip(*((p.t, p.x, p.x1, novel_of(p)) for p, _ in part), strict=True)]
+        for part in (task.seen[:8], task.seen[8:])
+    )
     rho = task.least_variance.rho()
     for i in (0, 9, 31):
         tops, bottoms = [], []
-        for t, x, x1, novel, _ in (batch, second):
+        for t, x, x1, novel in (batch, second):
             here = ((t - 0.05) / 0.9 * 32).long() == i
             apart = (novel - x1)[here]
             error = (TILTED.prediction(RectifiedFlow(), x, t).x1_hat - x1)[here]
@@ -203,7 +207,7 @@ def test_the_optimal_mix_is_learnt_and_has_the_least_variance() -> None:
             bottoms.append((apart**2).sum() / here.sum())
         expected = (0.99 * tops[0] + 0.01 * tops[1]) / (0.99 * bottoms[0] + 0.01 * bottoms[1])
         torch.testing.assert_close(rho[i], expected, rtol=1e-9, atol=0)
-    t, x, x1, novel, _ = second
+    t, x, x1, novel = second
     exact = TILTED.prediction(RectifiedFlow(), x, t).x1_hat
     bins = ((t - 0.05) / 0.9 * 32).long().clamp(max=31)
     most = 1 + 0.7 * ((1 - t) / t) ** 2
@@ -218,9 +222,9 @@ def test_the_optimal_mix_is_learnt_and_has_the_least_variance() -> None:
     assert (best.sum() < 0.9 * min(o.sum() for o in others)) and rho.min() > 0 and rho.max() < 1.5
 
 
-def _targets(task: Any, points: Any) -> tuple[Tensor, Tensor]:
-    novel = NovelScoreMatchingTask(predictor=task.predictor, reward=quadratic(), precision=0.7)
-    return novel.target(points), points.weight
+def novel_of(points: Any) -> Tensor:
+    g = points.end_score + points.reward_gradient
+    return novel_target(RectifiedFlow(), points.x, points.x1, g, points.t, 0.7)
 
 
 class Blind(SumReward):
