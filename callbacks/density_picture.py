@@ -125,8 +125,8 @@ def draw_particles(truth: Truth, sets: dict[str, Tensor]) -> Figure:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     with torch.no_grad():
-        _histograms(left, {name: truth.energy(x) for name, x in sets.items()}, "energy", "tuned")
-    _histograms(right, {name: _pair_distances(x) for name, x in sets.items()}, "distance of two particles", "base")
+        _histograms(left, {name: truth.energy(x) for name, x in sets.items()}, "energy", tails=True)
+    _histograms(right, {name: _pair_distances(x) for name, x in sets.items()}, "distance of two particles")
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside upper center", ncols=3)
     return figure
@@ -143,19 +143,25 @@ def draw_marginals(sets: dict[str, Tensor]) -> Figure:
     figure = Figure(figsize=(3.2 * shown + 0.6, 3.2), layout="constrained")
     axes = figure.subplots(1, shown, squeeze=False)[0]
     for i, axis in enumerate(axes):
-        _histograms(axis, {name: x[:, i] for name, x in flat.items()}, f"$x_{{{i + 1}}}$", "base")
+        _histograms(axis, {name: x[:, i] for name, x in flat.items()}, f"$x_{{{i + 1}}}$")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=9, loc="outside upper center", ncols=3)
     return figure
 
 
-def _histograms(axis: Axes, values: dict[str, Tensor], label: str, widest: str) -> None:
-    """Histograms of several samples on one axis, as wide as the reference and one of them are.
+def _histograms(axis: Axes, values: dict[str, Tensor], label: str, tails: bool = False) -> None:
+    """Histograms of several samples on one axis.
 
-    The energies of a base are often infinite for all that a picture is concerned: it does not set the width there.
+    Energies have long `tails`, and those of a base have no end: the reference then sets the width, and what of the
+    others is to the right of it is said in numbers.
     """
-    wide = torch.cat([values[name].float() for name in {widest, "exact" if "exact" in values else widest}])
+    set_width = ["exact"] if tails and "exact" in values else ["tuned"] if tails else list(values)
+    wide = torch.cat([values[name].float() for name in set_width])
     low, high = torch.quantile(wide[torch.isfinite(wide)][:100_000], torch.tensor([0.005, 0.995])).tolist()
+    if tails:
+        low, high = low - 0.3 * (high - low), high + 1.5 * (high - low)
+        right = [f"{name} {float((values[name] > high).float().mean()):.0%}" for name, _ in COLOURS]
+        axis.set_title("to the right of this: " + ", ".join(right), fontsize=9)
     bins = torch.linspace(low, high if high > low else low + 1, 61).tolist()
     for name, colour in COLOURS:
         inside = values[name].float()

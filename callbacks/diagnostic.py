@@ -87,7 +87,7 @@ class Diagnostic(Callback, ABC):
         """Remember the prompts, and look if it is time."""
         self._batch = batch
         step, due = trainer.global_step, self.every_n_updates
-        if due is not None and step != self._step and step % due == 0:
+        if due is not None and step != self._step and step % due == 0 and step != trainer.max_steps:
             self._look(trainer, pl_module)
         self._step = step
 

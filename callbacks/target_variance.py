@@ -123,21 +123,23 @@ def draw(rows: Sequence[dict[str, Any]], samples: int) -> Figure:
     figure, t = Figure(figsize=(10.5, 3.4), layout="constrained"), [row["t"] for row in rows]
     axes = figure.subplots(1, 3)
     for axis, metric in zip(axes, ("control", "score"), strict=False):
-        for key, label, colour in (("variance", "variance", TUNED), ("bias2", "bias²", EXACT)):
+        for key, label, colour in (("variance", "variance", TUNED), ("bias2", "bias² (hollow: at most)", EXACT)):
             _estimates(axis, t, [row[metric][key] for row in rows], label, colour, key == "bias2")
         axis.set_title(f"target, {metric} metric", fontsize=10)
     variance = [row["gradient"]["variance"] for row in rows]
     signal = [row["gradient"]["squared_mean"] for row in rows]
-    axes[2].plot(t, variance, color=TUNED, label="variance of one sample", marker="o", ms=3.5, lw=1.2)
+    axes[2].plot(t, variance, color=TUNED, label="one sample's variance", marker="o", ms=3.5, lw=1.2)
     known = [(x, y) for x, y in zip(t, signal, strict=True) if y > 0]
     axes[2].plot(*zip(*known, strict=True) if known else ([], []), "o-", color=EXACT, label="|mean|²", ms=3.5, lw=1.2)
-    axes[2].plot(t, [v / samples for v in variance], ":", color=BASE, label="noise of |mean|²", lw=1.2)
+    axes[2].plot(t, [v / samples for v in variance], ":", color=BASE, label="its noise", lw=1.2)
     axes[2].set_title("gradient, control metric", fontsize=10)
     for axis in axes:
         axis.set_yscale("log")
         axis.set_xlim(-0.03, 1.03)
         axis.set_xlabel("t  (noise 0, data 1)")
-        axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=3)
+        axis.legend(
+            frameon=False, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1.1), ncols=3, columnspacing=1.0
+        )
         tidy(axis)
     return figure
 
