@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from toys import Recorder, fit
+from toys import PromptedNet, Recorder, fit
 
 from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.callbacks.scoring import score_end_points
@@ -16,6 +16,12 @@ from lightning_tilt.losses.end_points import NoisedEnds
 from lightning_tilt.models import GaussianMixture, GaussianMixturePredictor, the_mixture
 from lightning_tilt.process import Cosine, Driftless, RectifiedFlow, VariancePreserving
 from lightning_tilt.rewards import QuadraticReward
+from lightning_tilt.tasks import (
+    ConditionalScoreMatchingTask,
+    MixedScoreMatchingTask,
+    NovelScoreMatchingTask,
+    TargetScoreMatchingTask,
+)
 from lightning_tilt.trajectory import Trajectory
 
 MIXTURE, REWARD = the_mixture()
@@ -123,3 +129,25 @@ def one_fit(task_class: type, predictor: Predictor, reward: Any, batches: Sequen
     )
     recorder: Recorder = fit(task.to(torch.float64), sampler, batches, **extra)
     return task, recorder
+
+
+SCORE_MATCHING: dict[str, tuple[type, dict[str, Any]]] = {
+    "csm": (ConditionalScoreMatchingTask, {}),
+    "tsm": (TargetScoreMatchingTask, {}),
+    "nsm": (NovelScoreMatchingTask, {}),
+    "nsm m=3": (NovelScoreMatchingTask, {"precision": 3.0}),
+    "c=.3": (MixedScoreMatchingTask, {"mixing": 0.3}),
+    "optimal": (MixedScoreMatchingTask, {"mixing": "variance_optimal", "precision": 0.5}),
+}
+
+
+def net() -> PromptedNet:
+    torch.manual_seed(3)
+    predictor = PromptedNet(RectifiedFlow())
+    predictor.network[2].weight.data += 0.3
+    return predictor.double()
+
+
+def task_of(name: str, process: Any) -> Any:
+    kind, parameters = SCORE_MATCHING[name]
+    return kind(predictor=GaussianMixturePredictor.of(MIXTURE, process), reward=quadratic(), **parameters)

@@ -1,6 +1,5 @@
-"""Score matching against closed forms: unbiased targets, their variances, gradients, and what is refused."""
+"""Score matching against closed forms: unbiased targets, their variances, gradients, the optimal mix."""
 
-import math
 from typing import Any
 
 import pytest
@@ -8,49 +7,33 @@ import torch
 from end_points import (
     INTERPOLANTS,
     MIXTURE,
+    SCORE_MATCHING,
     TILTED,
     ExactSampler,
     TiltedMixturePredictor,
     Unknown,
     features,
+    net,
     one,
     one_fit,
     points_of,
     quadratic,
-)  # fmt: skip
+    task_of,
+)
 from torch import Tensor
-from toys import PromptedNet, SumReward
+from toys import SumReward
 
-from lightning_tilt.chain import Chain, Evaluations
+from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
-from lightning_tilt.interfaces import Prompts
 from lightning_tilt.losses.base_score import base_score
 from lightning_tilt.losses.score_matching import novel_target
 from lightning_tilt.models import GaussianMixture, GaussianMixturePredictor
 from lightning_tilt.noise import keyed_normal_rows
 from lightning_tilt.process import RectifiedFlow, VariancePreserving
-from lightning_tilt.tasks import (
-    ConditionalScoreMatchingTask,
-    MixedScoreMatchingTask,
-    NovelScoreMatchingTask,
-    TargetScoreMatchingTask,
-)  # fmt: skip
+from lightning_tilt.tasks import MixedScoreMatchingTask
 from lightning_tilt.transition import DDIM
 
-TASKS: dict[str, tuple[type, dict[str, Any]]] = {
-    "csm": (ConditionalScoreMatchingTask, {}),
-    "tsm": (TargetScoreMatchingTask, {}),
-    "nsm": (NovelScoreMatchingTask, {}),
-    "nsm m=3": (NovelScoreMatchingTask, {"precision": 3.0}),
-    "c=.3": (MixedScoreMatchingTask, {"mixing": 0.3}),
-    "optimal": (MixedScoreMatchingTask, {"mixing": "variance_optimal", "precision": 0.5}),
-}
-all_tasks = pytest.mark.parametrize("name", TASKS)
-
-
-def task_of(name: str, process: Any) -> Any:
-    kind, parameters = TASKS[name]
-    return kind(predictor=GaussianMixturePredictor.of(MIXTURE, process), reward=quadratic(), **parameters)
+all_tasks = pytest.mark.parametrize("name", SCORE_MATCHING)
 
 
 @all_tasks
@@ -111,13 +94,6 @@ def test_score_of_a_base() -> None:
         assert errors[0] > 3 * errors[1] > 9 * errors[2] and chain.evaluations.forward == 150
 
 
-def net() -> PromptedNet:
-    torch.manual_seed(3)
-    predictor = PromptedNet(RectifiedFlow())
-    predictor.network[2].weight.data += 0.3
-    return predictor.double()
-
-
 def naive_target(name: str, x1: Tensor, x: Tensor, g: Tensor, t: float, m: float, c: float | None) -> Tensor:
     """From the targets of the score, one point: x1_hat = (x + beta^2 s)/alpha."""
     csm, tsm = -(x - t * x1) / (1 - t) ** 2, g / t
@@ -130,7 +106,7 @@ def naive_target(name: str, x1: Tensor, x: Tensor, g: Tensor, t: float, m: float
 @pytest.mark.parametrize("weights", ["none", "self_normalised"])
 def test_gradient_equals_a_naive_loop(name: str, weights: str) -> None:
     """One noised point at a time, path weights and Tweedie's score by hand; the first update has rho = 1."""
-    kind, parameters = TASKS[name]
+    kind, parameters = SCORE_MATCHING[name]
     if name == "csm" and weights == "none":
         parameters = {"allow_unweighted": True}
     prompts, predictor = ["one", "three"], net()
@@ -168,7 +144,7 @@ def test_gradient_equals_a_naive_loop(name: str, weights: str) -> None:
 @all_tasks
 def test_expected_gradient_vanishes_at_the_tilted_score(name: str) -> None:
     """At s*, with exact samples of p*, within 4 s.e.; with samples of the base it does not."""
-    kind, parameters = TASKS[name]
+    kind, parameters = SCORE_MATCHING[name]
     parameters = parameters | ({"allow_unweighted": True, "path_weights": "none"} if name == "csm" else {})
     for law, vanishes in ((TILTED, True), (MIXTURE, False)):
         sampler = type("Sampler", (ExactSampler,), {"law": law})
@@ -225,81 +201,3 @@ def test_the_optimal_mix_is_learnt_and_has_the_least_variance() -> None:
 def novel_of(points: Any) -> Tensor:
     g = points.end_score + points.reward_gradient
     return novel_target(RectifiedFlow(), points.x, points.x1, g, points.t, 0.7)
-
-
-class Blind(SumReward):
-    is_differentiable = False
-
-
-def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match="path_weights: self_normalised, or say allow_unweighted"):
-        ConditionalScoreMatchingTask(predictor=net(), reward=SumReward(), path_weights="none")
-    with pytest.raises(ValueError, match="allow_unweighted"):
-        MixedScoreMatchingTask(predictor=net(), reward=SumReward(), mixing=0.0)
-    MixedScoreMatchingTask(predictor=net(), reward=SumReward(), mixing=0.0, path_weights="clipped")
-    for mixing in (1.5, "best", -0.1):
-        with pytest.raises(ValueError, match="mixing is"):
-            MixedScoreMatchingTask(predictor=net(), reward=SumReward(), mixing=mixing)
-    with pytest.raises(ValueError, match="precision must be positive"):
-        NovelScoreMatchingTask(predictor=net(), reward=SumReward(), precision=0.0)
-    with pytest.raises(ValueError, match="end_time lies between"):
-        NovelScoreMatchingTask(predictor=net(), reward=SumReward(), end_time=1.0)
-    for kind, parameters in ((TargetScoreMatchingTask, {}), (MixedScoreMatchingTask, {"mixing": 0.5})):
-        with pytest.raises(ValueError, match="infinite at pure noise"):
-            one_fit(kind, net(), SumReward(), [["one"]], t_min=0.0, **parameters)
-    with pytest.raises(TypeError, match="needs the gradient of the reward"):
-        one_fit(NovelScoreMatchingTask, net(), Blind(), [["one"]])
-    one_fit(ConditionalScoreMatchingTask, net(), Blind(), [["one", "two"]])
-
-
-def test_novel_score_matching_is_finite_at_both_ends() -> None:
-    task = task_of("nsm", RectifiedFlow())
-    for t in (0.0, 1.0):
-        y = task.target(points_of(RectifiedFlow(), TILTED.sample(10), t))
-        assert y.isfinite().all()
-
-
-def test_evaluations_are_counted_and_the_bases_score_is_asked_for_once_a_rollout() -> None:
-    """Two updates of one rollout of 6 samples and 4 steps, 3 noisings: nothing is paid twice."""
-    task, record = one_fit(
-        NovelScoreMatchingTask, net(), SumReward(), [["one", "two"]] * 2, noisings=3, path_weights="self_normalised",
-        sampler={"samples_per_condition": 3, "rollout_every": 2},
-    )  # fmt: skip
-    rollout, weights, tweedie, pairs = 6 * 4, 6 * 3, 6, 2 * 6 * 3
-    assert task.sampler.evaluations == Evaluations(
-        forward=rollout + weights + tweedie + pairs, backward=2 * pairs, pairs=pairs, reward=6
-    )
-    first, second = record.trajectories
-    assert first.end_score is not None and first.end_score is second.end_score
-
-
-class SometimesNaN(SumReward):
-    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
-        bad = torch.arange(len(images)) % 3 == 1
-        return torch.where(bad, math.nan, super().score(images, prompts))
-
-
-@pytest.mark.parametrize("name", ["csm", "nsm", "optimal"])
-@pytest.mark.filterwarnings("ignore:2 of 6 samples")
-def test_bad_samples_are_left_out(name: str) -> None:
-    """The gradient is that of the good points, whose weights have mean one among themselves."""
-    kind, parameters = TASKS[name]
-    predictor = net()
-    task, record = one_fit(
-        kind, predictor, SometimesNaN(), [["one", "two"]], path_weights="self_normalised", t_min=0.1, t_max=0.9,
-        sampler={"samples_per_condition": 3, "on_bad_reward": "skip"}, **parameters,
-    )  # fmt: skip
-    ((points, y),) = task.seen
-    assert points.weight[[1, 4]].tolist() == [0, 0] and y.isfinite().all()
-    assert points.weight[[0, 2]].mean() == pytest.approx(1) and points.weight[[3, 5]].mean() == pytest.approx(1)
-    total = torch.zeros((), dtype=torch.float64)
-    for p in (0, 2, 3, 5):
-        t = points.t[p]
-        x1_hat = (
-            points.x[p]
-            + (1 - t) * predictor.predict(points.x[p : p + 1], t[None], points.condition[torch.tensor([p])])[0]
-        )
-        total = total + points.weight[p] * t / (1 - t) ** 3 * ((x1_hat - y[p]) ** 2).sum() / 4
-    named = dict(predictor.named_parameters())
-    for key, gradient in zip(named, torch.autograd.grad(total, list(named.values())), strict=True):
-        torch.testing.assert_close(record.gradients[0][f"predictor.{key}"], gradient, rtol=1e-8, atol=1e-8)

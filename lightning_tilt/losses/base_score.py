@@ -19,13 +19,13 @@ from torch import Tensor
 
 from lightning_tilt.chain import Chain, evaluating, slices
 from lightning_tilt.condition import Condition
+from lightning_tilt.identities import Treatment
 from lightning_tilt.interfaces import KnownLaw, LamSchedule, Predictor
 from lightning_tilt.losses.end_points import EndPointRegression, NoisedEnds
-from lightning_tilt.losses.path_weights import PathWeights
 from lightning_tilt.process import expand
 from lightning_tilt.trajectory import Trajectory
 
-__all__ = ["EndScoreRegression", "base_score"]
+__all__ = ["EndScoreRegression", "base_score", "tilted_score"]
 
 
 def base_score(
@@ -77,7 +77,7 @@ class EndScoreRegression(EndPointRegression):
         *args: Any,
         lam: float | LamSchedule = 1.0,
         end_time: float = 0.98,
-        path_weights: PathWeights = "none",
+        path_weights: Treatment = "none",
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, lam=lam, path_weights=path_weights, **kwargs)
