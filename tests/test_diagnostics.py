@@ -92,7 +92,7 @@ def test_both_sides_know_log_z_where_the_chain_is_exact(tmp_path: Path, name: st
     """At 8 steps, of a model that is neither base nor tilt: bounds hold, Bennett and both one-sided estimates agree."""
     base, transition = EXACT_CHAINS[name]
     density = Shifted()
-    task = frozen(AdjointMatchingTask, net(base()), density)
+    task = frozen(AdjointMatchingTask, net(base(), 0.25), density)
     look_at = WorkHistograms(4000, micro_batch=1500)
     found = look(tmp_path, task, look_at, transition=transition)
     assert found["ends"] == "exact" and found["exact"] == density.log_z
