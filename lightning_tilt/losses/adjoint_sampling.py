@@ -51,7 +51,7 @@ def adjoint_sampling_target(
 
 def clipped(gradient: Tensor, longest: float) -> Tensor:
     """Vectors (..., d) of at most the length `longest`: one a sample (P, d), or one a particle (P, n, d)."""
-    length = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+    length: Tensor = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     return gradient * (longest / length.clamp(min=longest))
 
 
