@@ -8,7 +8,7 @@ from end_points import one_fit, quadratic
 from torch import Tensor
 from toys import PromptedNet, SumReward
 
-from lightning_tilt.losses.path_weights import weights_of_mean_one
+from lightning_tilt.losses.path_weights import good_weights
 from lightning_tilt.models import GaussianBase, GaussianMixture, NeuralTilt
 from lightning_tilt.process import Driftless, RectifiedFlow
 from lightning_tilt.tasks import ConditionalScoreMatchingTask, NovelScoreMatchingTask
@@ -26,13 +26,13 @@ def test_treatments_equal_naive_loops(shift: float) -> None:
     for kind, clip in (("self_normalised", math.inf), ("clipped", 1.5), ("truncated", math.sqrt(5))):
         cut = {i: min(v / mean, clip) for i, v in w.items()}
         again = sum(cut.values()) / 5
-        found = weights_of_mean_one(LOG_W + shift, kind, 1.5)  # type: ignore[arg-type]
+        found = good_weights(LOG_W + shift, kind, 1.5)  # type: ignore[arg-type]
         expected = [cut[i] / again if i in cut else 0.0 for i in range(6)]
         assert found.tolist() == pytest.approx(expected, rel=1e-10)
         assert float(found.sum()) == pytest.approx(5)
-    assert weights_of_mean_one(LOG_W, "none", 1.5).tolist() == [1, 1, 1, 1, 0, 1]
+    assert good_weights(LOG_W, "none", 1.5).tolist() == [1, 1, 1, 1, 0, 1]
     nobody = torch.full((3,), -math.inf, dtype=torch.float64)
-    assert weights_of_mean_one(nobody, "self_normalised", 1.5).tolist() == [0, 0, 0]
+    assert good_weights(nobody, "self_normalised", 1.5).tolist() == [0, 0, 0]
 
 
 def test_prompts_have_equal_mass_and_a_density_has_one_z() -> None:

@@ -19,9 +19,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lightning_tilt.identities import Treatment
 from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.losses.path_controls import PathControls
-from lightning_tilt.losses.path_weights import PathWeighted, PathWeights
+from lightning_tilt.losses.path_weights import PathWeighted
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["CrossEntropy", "cross_entropy_terms"]
@@ -60,7 +61,7 @@ class CrossEntropy(PathControls, PathWeighted):
         self,
         *args: Any,
         lam: float | LamSchedule = 1.0,
-        path_weights: PathWeights = "self_normalised",
+        path_weights: Treatment = "self_normalised",
         **kwargs: Any,
     ) -> None:
         if path_weights == "none":

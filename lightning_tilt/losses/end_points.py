@@ -24,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.chain import Chain, evaluating, slices
 from lightning_tilt.condition import Condition
+from lightning_tilt.identities import Treatment
 from lightning_tilt.interfaces import LamSchedule, Predictor
-from lightning_tilt.losses.path_weights import PathWeighted, PathWeights
+from lightning_tilt.losses.path_weights import PathWeighted
 from lightning_tilt.losses.times import Times, TimeSampling, TimeWeight, check_time_weight, time_weight
 from lightning_tilt.noise import keyed_normal_rows, keyed_uniform_rows
 from lightning_tilt.process import Process
@@ -101,7 +102,7 @@ class EndPointRegression(PathWeighted):
         time_sampling: TimeSampling = "low_discrepancy",
         t_min: float = 0.001,
         t_max: float = 0.999,
-        path_weights: PathWeights = "none",
+        path_weights: Treatment = "none",
         weight_clip: float = 10.0,
         loss_micro_batch: int | None = None,
         checkpoint: bool = False,

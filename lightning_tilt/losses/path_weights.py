@@ -1,48 +1,38 @@
 """Path weights for the losses that can use them: `log w = lam r - log dP_theta/dP_base`, of mean 1 over a rollout.
 
-    none             1: the samples as they are
-    self_normalised  w/mean(w): unbiased up to O(1/n), as noisy as 1/ESS says
-    clipped          min(w/mean(w), clip), then of mean 1 again: less noise, pulls the fixed point towards the model
-    truncated        the same with clip = sqrt(n) (Ionides 2008): its bias vanishes with n
-
-Each prompt has a Z of its own, so weights are normalised prompt by prompt, and all prompts keep equal mass; a density
-has one Z for the samples of all processes.  Under gradient accumulation every batch is normalised in itself.
+What may be done to them, and the bias of each, is said in `identities.treatment`.  Each prompt has a Z of its own, so
+weights are normalised prompt by prompt, and all prompts keep equal mass; a density has one Z for the samples of all
+processes.  Under gradient accumulation every batch is normalised in itself.
 """
 
-import math
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_tilt.identities import Treatment, treat_weights
 from lightning_tilt.interfaces import LamSchedule, Loss
 from lightning_tilt.trajectory import Trajectory
 
-__all__ = ["PathWeighted", "PathWeights", "weights_of_mean_one"]
-
-PathWeights = Literal["none", "self_normalised", "clipped", "truncated"]
+__all__ = ["PathWeighted", "good_weights"]
 
 
-def weights_of_mean_one(log_w: Tensor, kind: PathWeights, clip: float) -> Tensor:
-    """The weights of one group of samples.
+def good_weights(log_w: Tensor, kind: Treatment, clip: float, group: Tensor | None = None) -> Tensor:
+    """Weights of mean 1 over the good samples of each group, 0 for the others.
 
     Args:
         log_w: log weights, (n,); -inf for a sample that is left out.
-        kind: what is done to them; see above.
-        clip: largest weight of `clipped`, in units of their mean.
-
-    Returns:
-        (n,), of mean 1 over the samples that are not left out.
+        kind: what is done to them.
+        clip: largest weight of "clipped", in units of their mean.
+        group: which prompt a sample belongs to, (n,), integer; None: one group.
     """
-    n = int(torch.isfinite(log_w).sum())
-    if kind == "none" or n == 0:
-        return torch.isfinite(log_w).to(log_w.dtype)
-    w = n * torch.softmax(log_w, 0)
-    if kind == "self_normalised":
-        return w
-    w = w.clamp(max=clip if kind == "clipped" else math.sqrt(n))
-    return w * (n / w.sum())
+    good = torch.isfinite(log_w)
+    weights = torch.zeros_like(log_w)
+    if bool(good.any()):
+        group = None if group is None else group.to(log_w.device)[good]
+        weights[good] = treat_weights(log_w[good], kind, group=group, clip=clip)
+    return weights
 
 
 class PathWeighted(Loss):
@@ -58,16 +48,16 @@ class PathWeighted(Loss):
         self,
         *args: Any,
         lam: float | LamSchedule = 1.0,
-        path_weights: PathWeights = "none",
+        path_weights: Treatment = "none",
         weight_clip: float = 10.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, lam=lam, **kwargs)
-        if path_weights not in get_args(PathWeights):
-            raise ValueError(f"path_weights is one of {get_args(PathWeights)}, not {path_weights!r}")
+        if path_weights not in get_args(Treatment):
+            raise ValueError(f"path_weights is one of {get_args(Treatment)}, not {path_weights!r}")
         if weight_clip < 1:
             raise ValueError(f"weight_clip is in units of the mean weight and at least 1, not {weight_clip}")
-        self.path_weights: PathWeights = path_weights
+        self.path_weights: Treatment = path_weights
         self.weight_clip = weight_clip
 
     def setup(self, stage: str) -> None:
@@ -95,9 +85,5 @@ class PathWeighted(Loss):
         if trajectory.prompts is None:  # one Z for all processes
             everywhere = cast(Tensor, self.all_gather(log_w)).reshape(-1)  # type: ignore[attr-defined]
             first = self.trainer.global_rank * len(log_w)
-            return weights_of_mean_one(everywhere, self.path_weights, self.weight_clip)[first : first + len(log_w)]
-        weights = torch.zeros_like(log_w)
-        for group in trajectory.index.unique():
-            mine = (trajectory.index == group).to(log_w.device)
-            weights[mine] = weights_of_mean_one(log_w[mine], self.path_weights, self.weight_clip)
-        return weights
+            return good_weights(everywhere, self.path_weights, self.weight_clip)[first : first + len(log_w)]
+        return good_weights(log_w, self.path_weights, self.weight_clip, trajectory.index)

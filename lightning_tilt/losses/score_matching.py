@@ -32,11 +32,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lightning_tilt.identities import Treatment
 from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.losses.base_score import EndScoreRegression, tilted_score
 from lightning_tilt.losses.end_points import EndPointRegression, NoisedEnds
 from lightning_tilt.losses.mixing import LeastVariance
-from lightning_tilt.losses.path_weights import PathWeights
 from lightning_tilt.process import Process, expand
 from lightning_tilt.trajectory import Trajectory
 
@@ -89,7 +89,7 @@ class ConditionalScoreMatching(EndPointRegression):
         self,
         *args: Any,
         lam: float | LamSchedule = 1.0,
-        path_weights: PathWeights = "self_normalised",
+        path_weights: Treatment = "self_normalised",
         allow_unweighted: bool = False,
         **kwargs: Any,
     ) -> None:
