@@ -113,7 +113,7 @@ class CMCD(TransportLoss):
         return W
 
     def _terms(self, chain: TransportChain, trajectory: Trajectory, pairs: Pairs) -> Tensor:
-        t, f = self._fields(chain, pairs)
+        t, f = self._fields(chain, trajectory, pairs)
         scale, k = self.sampler.guidance_scale, pairs.k
         before, after = trajectory.states[(k - 1).clamp(min=0), pairs.n], trajectory.states[k + 1, pairs.n]
 

@@ -141,17 +141,17 @@ class NETS(TransportLoss):
         good, weight = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1), trajectory.weight
         total = trajectory.reward.new_zeros(())
         for pairs in self.pairs(trajectory, states):
-            terms = self._residuals(chain, pairs, len(trajectory)) ** 2
+            terms = self._residuals(chain, trajectory, pairs) ** 2
             total = total + (weight[pairs.n.to(weight.device)] * terms).sum()
         log_z = self.free_energy.log_z(chain.t[:-1].to(weight.device))
         return total / (good * len(states)), {"log_z_learned": log_z}
 
-    def _residuals(self, chain: TransportChain, pairs: Pairs, samples: int) -> Tensor:
+    def _residuals(self, chain: TransportChain, trajectory: Trajectory, pairs: Pairs) -> Tensor:
         """R at the pairs, with gradient to the transport and to F_t, (P,)."""
         assert self.free_energy is not None
         free_energy, scale = self.free_energy, self.sampler.guidance_scale
-        t, f = self._fields(chain, pairs, rate=True)
-        probes = None if self.divergence == "exact" else self._probes(pairs, samples)
+        t, f = self._fields(chain, trajectory, pairs, rate=True)
+        probes = None if self.divergence == "exact" else self._probes(pairs, len(trajectory))
 
         def terms(x: Tensor) -> Tensor:
             w, div_w = value_and_divergence(

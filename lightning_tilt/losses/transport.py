@@ -108,11 +108,16 @@ class TransportLoss(Loss):
             k = states[j]
             yield Pairs(j, n, k, trajectory.states[k, n], trajectory.condition[trajectory.index[n]])
 
-    def _fields(self, chain: TransportChain, pairs: Pairs, rate: bool = False) -> tuple[Tensor, Fields]:
-        """Times (P,) and the base's fields at the pairs, without gradient."""
+    def _fields(
+        self, chain: TransportChain, trajectory: Trajectory, pairs: Pairs, rate: bool = False
+    ) -> tuple[Tensor, Fields]:
+        """Times (P,) and the base's fields at the pairs, without gradient; the reward of bad samples counts as 0."""
         t = chain.t[pairs.k].to(pairs.x.device)
         with torch.no_grad(), evaluating(self.predictor):
-            return t, chain.fields(self.predictor, pairs.x, t, pairs.condition, self.sampler.guidance_scale, rate=rate)
+            f = chain.fields(self.predictor, pairs.x, t, pairs.condition, self.sampler.guidance_scale, rate=rate)
+        bad = trajectory.weight[pairs.n.to(trajectory.weight.device)] == 0  # NaN times a weight of 0 is NaN
+        grad_r = f.grad_r.masked_fill(bad.reshape(-1, *(1,) * (f.v.ndim - 1)), 0.0)
+        return t, f._replace(grad_r=grad_r, rate=None if f.rate is None else f.rate.masked_fill(bad, 0.0))
 
     def _count(self, chain: TransportChain, pairs: int) -> None:
         """Count supervised pairs and their backward."""
