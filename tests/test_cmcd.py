@@ -178,7 +178,7 @@ def test_evaluations_are_one_look_a_state() -> None:
 
 
 def test_graph_holds_numbers_alone_whatever_the_steps() -> None:
-    """What the forward pass keeps for the backward: with checkpoints a few numbers a sample and step, no activations."""
+    """Kept for the backward pass, with checkpoints: a few numbers a sample and step, no activations."""
 
     def kept(steps: int, **change: Any) -> int:
         sizes: list[int] = []

@@ -185,6 +185,8 @@ def test_action_is_the_naive_weighted_sum() -> None:
             phi = net.potential(x, t).sum()
             gx, gt = torch.autograd.grad(phi, (x, t), create_graph=True)
             v = base_fields(x, k / STEPS)[0].detach()
+            if k < STEPS - 1:
+                total = total + w[k, i] * (gx * path.noise[k, [i]]).sum() * 0.8 / STEPS**0.5
             total = total + h * w[k, i] * ((gx**2).sum() / 2 + (v * gx).sum() + gt.sum())
             total = total + w[k, i] * phi * {0: 1, STEPS - 1: -1}.get(k, 0)
     names = {name: p for name, p in task.named_parameters() if name in gradient}

@@ -14,7 +14,9 @@ and F_t its integral, 0 at t_0.  Every prompt has its own F_t: a density, or one
 
 `action_matching` needs expectations under pi_t.  They come from the recorded paths with Crooks' weights, which the
 base alone gives, whichever model drew them; Jarzynski's would ask for div w.  In time: the trapezoid rule on the grid.
-Where J of the K times are drawn, their terms are multiplied by K/J; the boundary terms stand as they are.
+Where J of the K times are drawn, their terms are multiplied by K/J; the boundary terms stand as they are.  The noise of
+the paths moves phi by sum_k grad phi(X_k).std_k z_k, of mean 0 under weights that look back alone: it is added, and
+takes from the boundary terms most of their variance.
 """
 
 from dataclasses import replace
@@ -174,11 +176,13 @@ class NETS(TransportLoss):
         w = treat_weights(log_w.flatten(), "self_normalised", group=group.flatten()).reshape(log_w.shape)
         # The trapezoid rule on t_0 .. t_{K-1}, and what makes a draw of J of the K times unbiased.
         h = (chain.t[1:-1] - chain.t[:-2]).to(w)
-        rule = (torch.cat([h, h.new_zeros(1)]) + torch.cat([h.new_zeros(1), h])) / 2 * (chain.steps / len(states))
+        rule, share = (torch.cat([h, h.new_zeros(1)]) + torch.cat([h.new_zeros(1), h])) / 2, chain.steps / len(states)
+        stds = chain.stds.to(w)
         total = w.new_zeros(())
         for pairs in self.pairs(trajectory, states):
             k, n = pairs.k.to(w.device), pairs.n.to(w.device)
-            total = total + (rule[k] * w[k, n] * self._actions(chain, pairs, v[k, n])).sum()
+            kick = trajectory.noise[pairs.k, pairs.n] * stds[k].reshape(-1, *(1,) * (v.ndim - 2))
+            total = total + share * (w[k, n] * self._actions(chain, pairs, v[k, n], rule[k], kick)).sum()
         potential = cast(PotentialTransport, self.predictor).potential
         for sign, end in ((1, 0), (-1, last)):
             x = trajectory.states[end]
@@ -186,7 +190,8 @@ class NETS(TransportLoss):
                 total = total + sign * (w[end] * potential(x, chain.times(end, x))).sum()
         return total / good, self._figures(trajectory, log_w[-1])
 
-    def _actions(self, chain: TransportChain, pairs: Pairs, v: Tensor) -> Tensor:
+    def _actions(self, chain: TransportChain, pairs: Pairs, v: Tensor, rule: Tensor, kick: Tensor) -> Tensor:
+        """The action's terms times their share of the time, and how the noise moves the potential, (P,)."""
         potential = cast(PotentialTransport, self.predictor).potential
 
         def terms(x: Tensor) -> Tensor:
@@ -194,7 +199,7 @@ class NETS(TransportLoss):
             with chain.context():
                 phi = potential(x, t)
             grad_phi, rate = torch.autograd.grad(phi.sum(), (x, t), create_graph=True)
-            return action_terms(grad_phi, v, rate.to(x))
+            return rule * action_terms(grad_phi, v, rate.to(x)) + (grad_phi * kick).flatten(1).sum(1)
 
         self._count(chain, len(v))
         chain.evaluations.forward += len(v)
