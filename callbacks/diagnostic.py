@@ -21,15 +21,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..chain import Chain, evaluating
+from ..chain import evaluating
 from ..interfaces import Loss, find_sampler
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
-from ..transport import TransportChain
 from .processes import moved
 from .surroundings import prompts_of
 
-__all__ = ["Diagnostic", "has_control_form", "log_figure", "per_prompt", "undisturbed"]
+__all__ = ["Diagnostic", "log_figure", "per_prompt", "undisturbed"]
 
 LOOK = 1 << 20
 """The first rollout of the stream "report" that diagnostics draw: a report numbers its prompts from 0."""
@@ -168,11 +167,6 @@ def log_figure(loggers: list[Logger], name: str, figure: Figure, path: str | Pat
             logger.experiment.add_figure(f"diagnostics/{name}", figure, step, close=False)
         elif isinstance(logger, WandbLogger):
             logger.log_image(f"diagnostics/{name}", [str(path)], step=step)
-
-
-def has_control_form(chain: Chain) -> bool:
-    """Whether path weights are sums of `log F0/F` over the steps: not those of a chain with transport."""
-    return chain.control_form and not isinstance(chain, TransportChain)
 
 
 def per_prompt(path: Trajectory) -> list[Tensor]:

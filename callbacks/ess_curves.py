@@ -20,7 +20,7 @@ from ..chain import Chain, slices
 from ..identities import ess
 from ..interfaces import find_sampler
 from ..trajectory import Trajectory
-from .diagnostic import Diagnostic, has_control_form, per_prompt
+from .diagnostic import Diagnostic, per_prompt
 from .pictures import EXACT, TUNED, tidy
 
 __all__ = ["EssCurves", "partial_log_weights"]
@@ -79,7 +79,7 @@ class EssCurves(Diagnostic):
         numbers: dict[str, Any] = {"updates": self._updates, "ess": self._ess}
         if sampler.weighted and chain.noisy_steps:
             path = self.paths(host)
-            if has_control_form(chain):
+            if chain.control_form:
                 parts = [_partial(host, chain, path[i]) for i in slices(len(path), self.micro_batch)]
                 log_w = torch.cat(parts, 1).double().cpu()
             else:

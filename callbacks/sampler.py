@@ -132,6 +132,7 @@ class TrajectorySampler(Sampler, Callback):
         """This sampler with other steps or transitions, for rollouts that are looked at."""
         other = copy(self)
         other.steps, other.transition = steps or self.steps, transition or self.transition
+        other.base_last_step = self.base_last_step or transition is not None  # an ODE's rollout has no base step
         return other
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

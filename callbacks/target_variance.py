@@ -23,7 +23,7 @@ from ..chain import Chain, slices
 from ..interfaces import find_sampler
 from ..interfaces.targets import control_factor, score_factor, x1_target
 from ..trajectory import Trajectory
-from .diagnostic import Diagnostic, has_control_form
+from .diagnostic import Diagnostic
 from .nested import bias_and_variance, continued, gradient_noise
 from .pictures import BASE, EXACT, TUNED, tidy
 
@@ -70,7 +70,7 @@ class TargetVariance(Diagnostic):
     def look(self, host: Any) -> tuple[dict[str, Any], Figure]:
         """The numbers at all times, and their picture."""
         chain = find_sampler(host).chain(host, count=False)
-        if not has_control_form(chain):
+        if not chain.control_form:
             raise TypeError(f"TargetVariance looks at chains of the control form, not at {type(chain).__name__}")
         outer, rows = self.paths(host), []
         for k in _steps(chain, self.times):

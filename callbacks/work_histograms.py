@@ -26,7 +26,7 @@ from ..identities import Estimate, bennett, elbo, ess, eubo, log_partition, resa
 from ..interfaces import find_sampler
 from ..noise import keyed_normal_rows
 from ..trajectory import Trajectory
-from .diagnostic import Diagnostic, has_control_form, per_prompt
+from .diagnostic import Diagnostic, per_prompt
 from .pictures import EXACT, TUNED, tidy
 from .scoring import score_end_points
 from .truth import truth_of
@@ -69,7 +69,7 @@ class WorkHistograms(Diagnostic):
         groups = [forward[i] for i in per_prompt(path)]
         back: list[Tensor] = []
         truth, source = truth_of(host.predictor, host.reward, path.lam), None
-        if has_control_form(chain) and chain.transition.memoryless:
+        if chain.control_form and chain.transition.memoryless:
             ends, source = self._ends(host, chain, path, truth)
             noised = noised_back(host, chain, ends, self.micro_batch)
             backward = self._log_w(host, chain, noised)

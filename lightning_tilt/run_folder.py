@@ -10,6 +10,8 @@ from typing import Any
 
 __all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json"]
 
+_DIAGNOSTICS = ("target_variance", "adjoint_norm", "work", "ess", "density")
+
 RUN_OUTPUTS = (
     "config.yaml",
     "metrics.csv",
@@ -22,6 +24,8 @@ RUN_OUTPUTS = (
     "before_after.png",
     "curves.png",
     "reward_histogram.png",
+    "steering.json",
+    *(f"{name}.{kind}" for name in _DIAGNOSTICS for kind in ("json", "png")),
 )
 """What a run writes, also under a number (`report.1.json`); nothing else in the folder is touched."""
 

@@ -149,7 +149,7 @@ def at_control(
 
 
 def gradient_with_error(task: Any, path: Any, batches: int = 40) -> tuple[Tensor, Tensor]:
-    """The loss's gradient in (g_k, h_k) at the noisy steps as a mean over batches of the path, and its standard error."""
+    """The loss's gradient in (g_k, h_k) at the noisy steps: a mean over batches of the path, and its standard error."""
     size = len(path) // batches
     parts = []
     for i in range(batches):

@@ -100,7 +100,7 @@ class Process(ABC):
         """What a network trained with this process calls the time `t` (same shape)."""
 
     def node(self, t: Tensor) -> Tensor:
-        """The time nearest to `t` in [0, 1) that a network of this process can be asked at: `t` itself, unless discrete."""
+        """The nearest time in [0, 1) that a network of this process can be asked at: `t` itself, unless discrete."""
         return t
 
     def kappa(self, t: Tensor) -> Tensor:

@@ -82,6 +82,11 @@ class TransportChain(Chain):
     path: MarginalPath
     weights: Literal["crooks", "jarzynski"] = "crooks"
 
+    @property
+    def control_form(self) -> bool:
+        """False: the backward kernels reverse the base to first order in the step, and so is E[w] = Z."""
+        return False
+
     def fields(
         self,
         predictor: Predictor,
