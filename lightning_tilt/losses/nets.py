@@ -55,8 +55,8 @@ class NETS(TransportLoss):
     divergence, d VJPs or one a probe, and a backward through all of them; one of "action_matching" the base twice, and
     the model's potential with its gradient.
 
-    "action_matching" is experimental: on the two-dimensional mixture it has not yet come further than guidance alone (ESS
-    .64 to .75), where "pinn" reaches .96.
+    "action_matching" is experimental: on the two-dimensional mixture it came no further than guidance alone (ESS .64 to
+    .75), where "pinn" reaches .96.
 
     ESS and log Z are Jarzynski's where the divergence is exact and the process continuous, else Crooks'.
 
