@@ -68,7 +68,7 @@ def overlay(config: Path | str, folder: Path, **sections: dict[str, Any]) -> lis
     else:
         data = {"class_path": "DrawsDataModule", "init_args": {"samples": 8, "batches": 4, "val_samples": 12}}
     small: dict[str, Any] = {
-        "trainer": {"max_steps": 2, "callbacks": callbacks, "default_root_dir": str(folder)},
+        "trainer": {"max_steps": 2, "log_every_n_steps": 1, "callbacks": callbacks, "default_root_dir": str(folder)},
         "data": data,
         "sampler": {"steps": 3, "samples_per_condition": 2},
     }

@@ -10,7 +10,7 @@ BASE = "model.predictor.base"
 MISSPELT = [
     (["--sampler.stepz", "3"], "--sampler.stepz is not an option; did you mean --sampler.steps"),
     (["--trainer.max_stepz=3"], "--trainer.max_stepz is not an option; did you mean --trainer.max_steps"),
-    (["--seed_everythin", "1"], "--seed_everythin is not an option; did you mean --seed_everything?"),
+    (["--seed_everythin", "1"], "--seed_everythin is not an option; did you mean --seed_everything"),
     (["--sampler.step", "3"], "--sampler.step is not an option; did you mean --sampler.steps"),  # no abbreviations
     (["--data.sample", "3"], "--data: DrawsDataModule does not take 'sample'; did you mean samples"),
     (["--model.lamb", "3"], "--model: AdjointMatchingTask does not take 'lamb'; did you mean lam?"),

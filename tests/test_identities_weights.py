@@ -58,7 +58,7 @@ def test_equal_weights_keep_everybody() -> None:
 def test_wrong_requests_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown resampling 'multinomial'; known are systematic, stratified"):
         resample(torch.zeros(2), "multinomial")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="stratified resampling of 3 particles needs 3 uniforms, not 1"):
+    with pytest.raises(ValueError, match="stratified resampling to 3 particles needs 3 uniforms, not 1"):
         resample(torch.zeros(3), "stratified", uniforms=torch.zeros(1))
     for wrong in ([-math.inf, -math.inf], [0.0, math.nan], [0.0, math.inf], []):
         with pytest.raises(ValueError, match="must hold a finite one"):

@@ -26,7 +26,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_python_blocks_run(at_root: None) -> None:
     scope: dict[str, Any] = {"prompts": [["seven", "one"], ["two", "three"]]}
-    module, reward = BLOCKS
+    module, reward, energy = BLOCKS
     # The README's Trainer, made quiet.
     scope["quiet"] = trainer
     exec(re.sub(r"L\.Trainer\(max_steps=2, callbacks=(\[.*\])\)", r"quiet(\1, max_steps=2)", module), scope)
@@ -36,6 +36,8 @@ def test_python_blocks_run(at_root: None) -> None:
     images[0, :, :, :2] = 1
     assert scope["LeftHalf"]().score(images, None).tolist() == [1.0, 0.0]
     assert Ink().score(images, None).tolist() == [0.5, 0.0]
+    exec(energy, scope)
+    assert scope["energy"](torch.tensor([[2.0, 0.0], [0.0, 0.0]])).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -43,13 +45,15 @@ def test_commands_parse(
     command: str, at_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "my_rewards.py").write_text(BLOCKS[1])
+    (tmp_path / "my_energies.py").write_text(BLOCKS[2])
     monkeypatch.syspath_prepend(str(tmp_path))
     arguments = shlex.split(command)[1:]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code in (None, 0)
-    assert "class_path: lightning_tilt.tasks.AdjointMatchingTask" in capsys.readouterr().out
-    sys.modules.pop("my_rewards", None)
+    assert "class_path: lightning_tilt.tasks.Adjoint" in capsys.readouterr().out
+    for name in ("my_rewards", "my_energies"):
+        sys.modules.pop(name, None)
 
 
 def test_every_named_file_exists() -> None:

@@ -145,7 +145,7 @@ def test_keys_and_counts(density: Any, prompted: Any) -> None:
     for _, report, _ in (density, prompted):
         for key in ("reward_base", "reward_tuned", "reward_exact", "log_z"):
             assert {"mean", "se", "n"} <= set(report[key])
-        assert set(report["evaluations"]) == {"forward", "vjp", "backward", "pairs", "forwards_per_pair"}
+        assert set(report["evaluations"]) == {"forward", "vjp", "backward", "pairs", "reward", "forwards_per_pair"}
         assert {"diversity_base", "diversity_tuned", "ess", "seconds", "versions", "seed"} <= set(report)
         assert (report["seed"], report["updates"], report["lam"]) == (3, 3, LAM)
         assert {"python", "torch", "lightning"} <= set(report["versions"]) and report["seconds"] > 0
@@ -153,6 +153,7 @@ def test_keys_and_counts(density: Any, prompted: Any) -> None:
     # Three rollouts of 4 paths, a sweep and a loss over 7 steps of them: the report's own samples are not training's.
     forward = 3 * 4 * (STEPS + STEPS + (STEPS - 1))
     assert report["evaluations"]["forward"] == forward and report["evaluations"]["pairs"] == 3 * 4 * (STEPS - 1)
+    assert report["evaluations"]["reward"] == report["energy_evaluations"] == 3 * 4
     assert report["density"] == "gaussian" and report["reward"] == "QuadraticReward"
     assert report["loss"] == "adjoint_matching" and report["reward_base"]["n"] == 20_000
     _, report, _ = prompted
