@@ -16,10 +16,10 @@ from toys import PromptedNet, Recorder, SumReward, fit, trainer
 from lightning_tilt import AdjointMatching, TiltModule, TrajectorySampler
 from lightning_tilt.data.loader import Loader
 from lightning_tilt.interfaces import LamSchedule, Prompts, Reward
-from lightning_tilt.models import GaussianMixturePredictor
+from lightning_tilt.models import GaussianBase, GaussianMixturePredictor, NeuralTilt
 from lightning_tilt.process import RectifiedFlow, VariancePreserving
 from lightning_tilt.tasks import AdjointMatchingTask
-from lightning_tilt.transition import DDIM, EulerMaruyama
+from lightning_tilt.transition import DDIM, EulerMaruyama, ExactGaussian
 
 BATCHES = [["one", "three"], ["seven", "nine"], ["two", "eleven"], ["four", "six"]]
 
@@ -420,3 +420,20 @@ def test_unconditional_draws_and_mappings_are_batches_too() -> None:
 def test_true_half_precision_is_refused(precision: str) -> None:
     with pytest.raises(ValueError, match=f"{precision}.*bf16-mixed"):
         fit(task(), sampler(), BATCHES[:1], precision=precision)
+
+
+def test_exact_steps_of_another_base_are_refused() -> None:
+    """For every loss: they would be another chain, and nothing would say so."""
+    base = GaussianBase([2], scale=2.0)
+    for precision, fits in ((0.25, True), (1.0, False)):
+        module = AdjointMatchingTask(NeuralTilt(base, hidden=4, layers=1), SumReward(), checkpoint=False)
+        steps = sampler(transition=ExactGaussian(precision), samples_per_condition=1)
+        if fits:
+            fit(module, steps, [torch.zeros(4)])
+        else:
+            with pytest.raises(
+                ValueError, match=r"exact for another base: the precision of this one is 1/scale\^2 = 0.25"
+            ):
+                fit(module, steps, [torch.zeros(4)])
+    with pytest.raises(ValueError, match="use DDIM"):
+        fit(task(), sampler(transition=ExactGaussian(1.0)), [["one"]])

@@ -136,6 +136,7 @@ def test_gmm40_counts_modes() -> None:
     density = GMM40()
     assert density.modes_found(density.means) == 40
     assert density.modes_found(density.means[:7].repeat(3, 1)) == 7
+    assert density.figures(density.means[:7]) == {"modes_found": 7}
     assert density.modes_found(density.means[:7] + torch.tensor([0.0, 3.01 * density.std])) < 7
     assert density.modes_found(torch.full((5, 2), 100.0)) == 0
 

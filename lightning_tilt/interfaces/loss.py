@@ -18,11 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_tilt.interfaces.figures import rollout_figures
-from lightning_tilt.interfaces.predictor import Predictor
+from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 from lightning_tilt.process import Process
 from lightning_tilt.trajectory import Trajectory
+from lightning_tilt.transition import ExactGaussian, Transition
 
 if TYPE_CHECKING:
     from lightning_tilt.chain import Chain
@@ -153,6 +154,7 @@ class Loss(ABC):
                 f"{type(self).__name__} needs a step with noise, and the sampler's chain has none: sampler.steps of at "
                 "least 2, and ddim_eta above 0"
             )
+        self._check_exact(chain.transition)
         start = float(self.process.alpha(chain.t[0]))
         if self.needs_memoryless and start > 0 and not self.allow_non_memoryless:
             rank_zero_info(
@@ -165,6 +167,16 @@ class Loss(ABC):
                 f"precision {self.trainer.precision} casts states, rewards and adapters too, where float32 is needed: "
                 "use bf16-mixed, and give the network's dtype to the predictor"
             )
+
+    def _check_exact(self, transition: Transition) -> None:
+        """Steps that are exact for another Gaussian would silently make another chain."""
+        with self.predictor.base() as base:
+            precision = base.precision if isinstance(base, KnownLaw) else None
+        if isinstance(transition, ExactGaussian) and (
+            precision is None or abs(transition.precision / precision - 1) > 1e-6
+        ):
+            mend = "use DDIM" if precision is None else f"the precision of this one is 1/scale^2 = {precision:.6g}"
+            raise ValueError(f"sampler.transition {transition!r} is exact for another base: {mend}")
 
     def on_chain(self, chain: "Chain") -> "Chain":
         """The chain that this loss simulates and is judged by: the sampler's own, or what the loss makes of it."""

@@ -93,6 +93,11 @@ class KnownLaw(ABC):
     def log_prob(self, x: Tensor) -> Tensor:
         """`log p_base(x)` of end points (B, *state_shape), normalised and differentiable in x: (B,)."""
 
+    @property
+    def precision(self) -> float | None:
+        """`m` where the law is N(mu, I/m), so that it has exact steps; None for another law."""
+        return None
+
 
 class ExportablePredictor(Predictor):
     """A predictor whose trained weights have a file format that others read."""

@@ -82,18 +82,13 @@ class AdjointSampling(EndPointRegression):
         self.energy_clip = energy_clip
 
     def setup(self, stage: str) -> None:
-        """Refuse a base that is no `GaussianBase`, or exact steps of another one."""
+        """Refuse a base that is no `GaussianBase`."""
         super().setup(stage)
         with self.predictor.base() as base:
             gaussian = self._gaussian(base)
         if stage != "fit":
             return
         transition = self.sampler.chain(self, count=False).transition
-        if isinstance(transition, ExactGaussian) and abs(transition.precision * gaussian.scale**2 - 1) > 1e-6:
-            raise ValueError(
-                f"sampler.transition {transition!r} is exact for another base: the precision of this one is 1/scale^2 "
-                f"= {gaussian.precision:.6g}"
-            )
         if self.path_weights != "none" and not isinstance(transition, ExactGaussian | Brownian):
             rank_zero_info(
                 f"Path weights of {transition!r} carry its discretisation: of a Gaussian base there is an exact step, "

@@ -69,6 +69,10 @@ class GMM40(Density):
         noise = torch.randn(n, 2, generator=generator, dtype=torch.float64)
         return (self.means.cpu()[k] + self.std * noise).float()
 
+    def figures(self, x: Tensor) -> dict[str, float]:
+        """`modes_found`: how many of the forty modes have a sample within three standard deviations."""
+        return {"modes_found": self.modes_found(x)}
+
     def modes_found(self, x: Tensor, radius: float = 3.0) -> int:
         """How many of the 40 modes have a sample of `x` (N, 2) within `radius` standard deviations."""
         return int((mode_counts(x, self.means, self.std, radius) > 0).sum())
