@@ -81,7 +81,7 @@ class TrajectorySampler(Sampler, Callback):
             reward_micro_batch=reward_micro_batch,
         )  # fmt: skip
         if passes is not None and replay_samples is not None:
-            raise ValueError("sampler.passes counts batches of one rollout; with replay_samples, buffer_size bounds it")
+            raise ValueError("sampler.passes counts batches of one rollout; replay_samples goes by buffer_size")
         if on_bad_reward not in get_args(BadRewardPolicy):
             raise ValueError(f"sampler.on_bad_reward is one of {get_args(BadRewardPolicy)}, not {on_bad_reward!r}")
         self.steps = steps
@@ -95,13 +95,12 @@ class TrajectorySampler(Sampler, Callback):
         self.reward_micro_batch = reward_micro_batch
         self.on_bad_reward: BadRewardPolicy = on_bad_reward
         self.base_last_step = base_last_step
-        self._given_seed = seed
+        self._given_seed, self._restored = seed, False
         self.seed = global_seed() if seed is None else seed
         self.evaluations = Evaluations()
         self.seconds: dict[str, float] = {}
         self._buffer = ReplayBuffer(buffer_size, passes)
         self.batches, self._rollouts, self._since = 0, 0, 0
-        self._restored = False
         self._trajectory: Trajectory | None = None
 
     @property
@@ -237,7 +236,8 @@ class TrajectorySampler(Sampler, Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
-        reused = (self.replay_samples or self._since < self.rollout_every) and not dist.is_initialized()
+        due = self._since >= self.rollout_every and self.buffer_size == 1  # the next batch makes a new one
+        reused = self.replays and not due and not dist.is_initialized()
         return {
             "batches": self.batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed,
             "evaluations": asdict(self.evaluations), "buffer": self._buffer.state_dict() if reused else [],

@@ -155,6 +155,11 @@ class Loss(ABC):
                 "least 2, and ddim_eta above 0"
             )
         self._check_exact(chain.transition)
+        if self.on_policy and sampler.replays:
+            rank_zero_info(
+                f"{type(self).__name__} is on policy, and the sampler replays rollouts of older models, which moves "
+                "its fixed point a little: sampler.rollout_every: 1 has no such bias."
+            )
         start = float(self.process.alpha(chain.t[0]))
         if self.needs_memoryless and start > 0 and not self.allow_non_memoryless:
             rank_zero_info(

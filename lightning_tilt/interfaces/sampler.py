@@ -22,10 +22,12 @@ class Sampler(ABC):
         seed: the key of all its draws.
         batches: training batches so far, the current one included; restored by a checkpoint.
         buffer_size: rollouts that are kept for the batches between two fresh ones.
+        rollout_every: batches from one fresh rollout to the next.
         replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
         seconds: wall time of the parts of the current batch's rollout, by name.
+        rollout_micro_batch: samples in one network call of a rollout; None: all.
         reward_micro_batch: samples decoded and scored at once; None: all.
         evaluations: network evaluations of training so far.
     """
@@ -33,9 +35,11 @@ class Sampler(ABC):
     seed: int
     batches: int
     buffer_size: int
+    rollout_every: int
     replay_samples: int | None
     guidance_scale: float
     samples_per_condition: int
+    rollout_micro_batch: int | None
     reward_micro_batch: int | None
     evaluations: "Evaluations"
     seconds: dict[str, float]
@@ -49,6 +53,11 @@ class Sampler(ABC):
     @abstractmethod
     def weighted(self) -> bool:
         """Whether the base makes the steps of std = 0, so that path weights mean something."""
+
+    @property
+    def replays(self) -> bool:
+        """Whether batches train on rollouts of older models."""
+        return self.rollout_every > 1 or self.replay_samples is not None
 
     @property
     @abstractmethod

@@ -29,6 +29,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from lightning_tilt.evaluations import slices
 from lightning_tilt.identities import kernel_log_ratio
 from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.losses.log_variance import log_variance_terms
@@ -97,7 +98,8 @@ class CMCD(TransportLoss):
         chain, good = self.transport_chain(trajectory.lam), self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
         if self.objective == "kl":
             some = trajectory[trajectory.weight > 0]  # a bad sample cannot be simulated again
-            W = self._simulated(chain, some)
+            parts = [self._simulated(chain, some[i]) for i in slices(len(some), self.loss_micro_batch)]
+            W = torch.cat([some.reward[:0], *parts])
             return W.sum() / good, self._figures(some, -W)
         W = self._recorded(chain, trajectory)
         groups = RewardGroups.of(self, replace(trajectory, reward=W.detach()))

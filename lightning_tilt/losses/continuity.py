@@ -1,7 +1,7 @@
 """The continuity equation of a path of tilted marginals, in two forms that a loss can minimise.
 
     R = d_t r_t + (v + w).grad r_t + div w + w.s - d_t F_t          0 at every state, where w moves pi_t ~ p_t exp(r_t)
-    |grad phi|^2/2 + v.grad phi + d_t phi                           its mean, less the change of E[phi], is least there
+    |grad phi|^2/2 - (rho - E[rho]) phi,  rho = d_t r_t + v.grad r_t          its mean is least there, w = grad phi
 
 F_t = log Z_t; only its rate enters, and that is what is learned.  (2410.02711; 2210.06662.)
 """
@@ -31,15 +31,15 @@ def residual(f: Fields, w: Tensor, div_w: Tensor, d_free_energy: Tensor) -> Tens
     return f.rate + moved + div_w - d_free_energy
 
 
-def action_terms(grad_phi: Tensor, v: Tensor, rate: Tensor) -> Tensor:
-    """`|grad phi|^2/2 + v.grad phi + d_t phi`, (P,).
+def action_terms(grad_phi: Tensor, phi: Tensor, source: Tensor) -> Tensor:
+    """`|grad phi|^2/2 - source phi`, (P,).
 
     Args:
         grad_phi: the gradient of the potential, (P, *shape).
-        v: the base's velocity, (P, *shape).
-        rate: d_t phi, (P,).
+        phi: the potential, (P,).
+        source: `rho - E_pi_t[rho]`, `rho = d_t r_t + v.grad r_t`, (P,).
     """
-    return (grad_phi * (grad_phi / 2 + v)).flatten(1).sum(1) + rate
+    return (grad_phi**2).flatten(1).sum(1) / 2 - source * phi
 
 
 class FreeEnergy(nn.Module):

@@ -8,15 +8,16 @@ velocity v moves pi_t exactly where the continuity equation holds at every state
     pinn              1/J sum_k E |R(X_k, t_k)|^2         F_t learned beside w; at 0 the weights are deterministic
     action_matching   w = grad phi (2210.06662):  the minimum of
                       int E_pi_t[ |grad phi|^2/2 + v.grad phi + d_t phi ] dt + E_pi_{t_0}[phi] - E_pi_{t_1}[phi]
+                    = int E_pi_t[ |grad phi|^2/2 - (rho - E_pi_t[rho]) phi ] dt,    rho = d_t r_t + v.grad r_t
 
 `pinn` is off policy: R is 0 whatever law the states have.  Only d_t F enters, so that is what the network of t gives,
 and F_t its integral, 0 at t_0.  Every prompt has its own F_t: a density, or one prompt.
 
-`action_matching` needs expectations under pi_t.  They come from the recorded paths with Crooks' weights, which the
-base alone gives, whichever model drew them; Jarzynski's would ask for div w.  In time: the trapezoid rule on the grid.
-Where J of the K times are drawn, their terms are multiplied by K/J; the boundary terms stand as they are.  The noise of
-the paths moves phi by sum_k grad phi(X_k).std_k z_k, of mean 0 under weights that look back alone: it is added, and
-takes from the boundary terms most of their variance.
+`action_matching` is minimised in its second form, the first integrated by parts in x and in t: d_t phi and the boundary
+terms, small differences of noisy means, are gone, and every time is a convex problem of its own (E[rho] = d_t F_t).
+Its expectations under pi_t come from the recorded paths with Crooks' weights, which the base alone gives, whichever
+model drew them; Jarzynski's would ask for div w.  In time: the trapezoid rule on the grid; where J of the K times are
+drawn, their terms are multiplied by K/J.
 """
 
 from dataclasses import replace
@@ -54,9 +55,6 @@ class NETS(TransportLoss):
     state, and no memoryless transitions. A pair of "pinn" costs the base, a reward gradient, and the model with its
     divergence, d VJPs or one a probe, and a backward through all of them; one of "action_matching" the base twice, and
     the model's potential with its gradient.
-
-    "action_matching" is experimental: on the two-dimensional mixture it came no further than guidance alone (ESS .64 to
-    .75), where "pinn" reaches .96.
 
     ESS and log Z are Jarzynski's where the divergence is exact and the process continuous, else Crooks'.
 
@@ -114,13 +112,9 @@ class NETS(TransportLoss):
                 f"action_matching learns a potential, and {type(self.predictor).__name__} has none: the predictor is a "
                 "PotentialTransport, or objective: pinn"
             )
-        if (
-            self.objective == "pinn"
-            and self.path_kind == "x1_hat"
-            and not self._continuous(sampler.chain(self, count=False))
-        ):
+        if self.path_kind == "x1_hat" and not self._continuous(sampler.chain(self, count=False)):
             raise ValueError(
-                "pinn needs d_t r_t, and with path: x1_hat the time goes through a base of discrete timesteps: path: "
+                "NETS needs d_t r_t, and with path: x1_hat the time goes through a base of discrete timesteps: path: "
                 "state, or CMCD, which needs no d_t"
             )
 
@@ -171,54 +165,51 @@ class NETS(TransportLoss):
     def _action(
         self, chain: TransportChain, trajectory: Trajectory, states: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        good, last = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1), chain.steps - 1
+        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
         trajectory = trajectory[trajectory.weight > 0]
-        log_w, v = self._along(chain, trajectory)
+        log_w, rho = self._along(chain, trajectory)
         group = torch.zeros_like(trajectory.index) if trajectory.prompts is None else trajectory.index
         group = group + len(trajectory.condition) * torch.arange(chain.steps)[:, None]
-        w = treat_weights(log_w.flatten(), "self_normalised", group=group.flatten()).reshape(log_w.shape)
+        place = group.flatten().unique(return_inverse=True)[1].to(log_w.device)  # one place a prompt and time
+        w = treat_weights(log_w.flatten(), "self_normalised", group=place)
+        sums = w.new_zeros(int(place.max()) + 1).index_add(0, place, w * rho.flatten())
+        source = rho - (sums / place.bincount())[place].reshape(rho.shape)
+        w = w.reshape(rho.shape)
         # The trapezoid rule on t_0 .. t_{K-1}, and what makes a draw of J of the K times unbiased.
         h = (chain.t[1:-1] - chain.t[:-2]).to(w)
-        rule, share = (torch.cat([h, h.new_zeros(1)]) + torch.cat([h.new_zeros(1), h])) / 2, chain.steps / len(states)
-        stds = chain.stds.to(w)
+        rule = (torch.cat([h, h.new_zeros(1)]) + torch.cat([h.new_zeros(1), h])) / 2 * (chain.steps / len(states))
         total = w.new_zeros(())
         for pairs in self.pairs(trajectory, states):
             k, n = pairs.k.to(w.device), pairs.n.to(w.device)
-            kick = trajectory.noise[pairs.k, pairs.n] * stds[k].reshape(-1, *(1,) * (v.ndim - 2))
-            total = total + share * (w[k, n] * self._actions(chain, pairs, v[k, n], rule[k], kick)).sum()
-        potential = cast(PotentialTransport, self.predictor).potential
-        for sign, end in ((1, 0), (-1, last)):
-            x = trajectory.states[end]
-            with chain.context():
-                total = total + sign * (w[end] * potential(x, chain.times(end, x))).sum()
+            total = total + (rule[k] * w[k, n] * self._actions(chain, pairs, source[k, n])).sum()
         return total / good, self._figures(trajectory, log_w[-1])
 
-    def _actions(self, chain: TransportChain, pairs: Pairs, v: Tensor, rule: Tensor, kick: Tensor) -> Tensor:
-        """The action's terms times their share of the time, and how the noise moves the potential, (P,)."""
+    def _actions(self, chain: TransportChain, pairs: Pairs, source: Tensor) -> Tensor:
+        """The action's terms, (P,)."""
         potential = cast(PotentialTransport, self.predictor).potential
 
         def terms(x: Tensor) -> Tensor:
-            x, t = x.detach().requires_grad_(), chain.t[pairs.k].to(x.device).requires_grad_()
+            x = x.detach().requires_grad_()
             with chain.context():
-                phi = potential(x, t)
-            grad_phi, rate = torch.autograd.grad(phi.sum(), (x, t), create_graph=True)
-            return rule * action_terms(grad_phi, v, rate.to(x)) + (grad_phi * kick).flatten(1).sum(1)
+                phi = potential(x, chain.t[pairs.k].to(x.device))
+            (grad_phi,) = torch.autograd.grad(phi.sum(), x, create_graph=True)
+            return action_terms(grad_phi, phi, source)
 
-        self._count(chain, len(v))
-        chain.evaluations.forward += len(v)
-        chain.evaluations.vjp += len(v)
+        self._count(chain, len(source))
+        chain.evaluations.forward += len(source)
+        chain.evaluations.vjp += len(source)
         return cast(Tensor, self._run(terms, pairs.x))
 
     @torch.no_grad()
     def _along(self, chain: TransportChain, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """Log weights for pi_{t_k} by Crooks (K, N), and the base's velocities (K, N, *shape), at all states."""
-        log_w, v = [], []
+        """Log weights for pi_{t_k} by Crooks, and rho = d_t r_t + v.grad r_t, at all states: both (K, N)."""
+        log_w, rho = [], []
         with evaluating(self.predictor):
             for i in slices(len(trajectory), self.loss_micro_batch):
-                looks = list(crooks(chain, self.predictor, trajectory[i], self.sampler.guidance_scale))
+                looks = list(crooks(chain, self.predictor, trajectory[i], self.sampler.guidance_scale, rate=True))
                 log_w.append(torch.stack([f.r + log_ratio for f, log_ratio in looks]))
-                v.append(torch.stack([f.v for f, _ in looks]))
-        return torch.cat(log_w, 1), torch.cat(v, 1)
+                rho.append(torch.stack([cast(Tensor, f.rate) + (f.v * f.grad_r).flatten(1).sum(1) for f, _ in looks]))
+        return torch.cat(log_w, 1), torch.cat(rho, 1)
 
     def _probes(self, pairs: Pairs, samples: int) -> Tensor:
         """Signs that belong to the pair and the update, (probes, P, *shape)."""

@@ -77,7 +77,9 @@ class PathWeighted(Loss):
         if self.path_weights == "none":
             return trajectory
         sampler = self.sampler
-        log_w = sampler.chain(self).log_weights(self.predictor, trajectory, trajectory.lam, sampler.guidance_scale)
+        log_w = sampler.chain(self).log_weights(
+            self.predictor, trajectory, trajectory.lam, sampler.guidance_scale, sampler.rollout_micro_batch
+        )
         importance = self._normalised(trajectory, torch.where(trajectory.weight > 0, log_w.double(), -torch.inf))
         return replace(trajectory, log_w=log_w, importance=importance.to(trajectory.reward))
 

@@ -56,4 +56,5 @@ class PotentialTransport(NeuralTransport):
         return gradient
 
     def _phi(self, x: Tensor, t: Tensor) -> Tensor:
+        x = self.project(x)  # of the centre of particles, which is of no interest, phi knows nothing
         return (x * super().f(x, t).to(x.dtype)).flatten(1).sum(1)

@@ -23,7 +23,7 @@ __all__ = ["crooks", "jarzynski"]
 
 
 def crooks(
-    chain: "TransportChain", predictor: Predictor, trajectory: Trajectory, scale: float = 1.0
+    chain: "TransportChain", predictor: Predictor, trajectory: Trajectory, scale: float = 1.0, rate: bool = False
 ) -> Iterator[tuple["Fields", Tensor]]:
     """State by state, k = 0 .. K - 1, its fields and `-sum_{j < k} (log F/F0 - log B/B0)`, (N,).
 
@@ -34,13 +34,14 @@ def crooks(
         predictor: the model.
         trajectory: N paths of the model as it is, or as it was.
         scale: guidance.
+        rate: bring d_t r_t along.
     """
     condition = trajectory.condition[trajectory.index]
     total, stds, last = torch.zeros_like(trajectory.reward), chain.stds, chain.steps - 1
     for k in range(chain.steps):
         x, i = trajectory.states[k], torch.full((len(trajectory),), k)
         t = chain.times(k, x)
-        f = chain.fields(predictor, x, t, condition, scale)
+        f = chain.fields(predictor, x, t, condition, scale, rate=rate)
         if k < last:
             after, std = trajectory.states[k + 1], stds[k].to(x)
             unmoved = chain.forward(f, torch.zeros_like(x), x, i)[0].mean
