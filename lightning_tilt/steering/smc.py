@@ -139,9 +139,8 @@ class SMC:
                 if k > 0:
                     log_w = log_w + psi
                     fractions = self._fractions(log_w)
-                    low = (fractions < self.resample_below) & (
-                        self.twist != "none"
-                    )  # what is not judged is not resampled
+                    # Without a twist nothing has been judged yet, and there is nothing to resample by.
+                    low = (fractions < self.resample_below) & (self.twist != "none")
                     history.append((fractions, low))
                     kept, log_w = self._resampled(log_w, low, uniforms[k])
                     psi, mean, u = psi[kept], mean[kept], u[kept]
