@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from ..chain import Evaluations, slices
-from ..interfaces import ImageEmbedding, Reward, Sampler, find_sampler
+from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
@@ -94,6 +94,8 @@ class TiltReport(Callback):
             if isinstance(part, torch.nn.Module):
                 part.to(pl_module.device)
         self._asked = [*self.prompts] if self.prompts is not None else _validation_prompts(trainer)
+        if self.transition is not None and isinstance(pl_module, Loss):
+            pl_module.check_exact(self.transition)
         start = time.perf_counter()
         rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
         self._base = self._sample(pl_module, self.base_samples, base=True)

@@ -20,6 +20,7 @@ from ..noise import Stream, keyed_normal, keyed_uniform_rows
 from ..run_folder import write_json
 from ..steering import SMC, Steered
 from ..trajectory import Trajectory
+from .processes import gathered
 from .sampler import TrajectorySampler
 from .surroundings import device_and_dtype, global_numbers, prompts_of
 
@@ -45,11 +46,12 @@ class SteeredSampler(TrajectorySampler):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write what each batch's particles say of log Z."""
-        if not trainer.is_global_zero or not self.found:
+        found = [batch for part in gathered(self.found) for batch in part]
+        if not trainer.is_global_zero or not found:
             return
         path = Path(trainer.default_root_dir) / "steering.json"
-        write_json(path, {"smc": {k: v for k, v in self.smc.__dict__.items()}, "batches": self.found})
-        z = self.found[0]["log_z"]
+        write_json(path, {"smc": {k: v for k, v in self.smc.__dict__.items()}, "batches": found})
+        z = found[0]["log_z"]
         rank_zero_info(f"Steering: log Z {z['mean']:.3f} +- {z['se']:.3f} in the first batch; all of it in {path}")
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from toys import PromptedNet, Recorder, SumReward, fit, trainer
 
 from lightning_tilt import AdjointMatching, TiltModule, TrajectorySampler
+from lightning_tilt.callbacks import TiltReport
 from lightning_tilt.data.loader import Loader
 from lightning_tilt.interfaces import LamSchedule, Prompts, Reward
 from lightning_tilt.models import GaussianBase, GaussianMixturePredictor, NeuralTilt
@@ -437,3 +438,20 @@ def test_exact_steps_of_another_base_are_refused() -> None:
                 fit(module, steps, [torch.zeros(4)])
     with pytest.raises(ValueError, match="use DDIM"):
         fit(task(), sampler(transition=ExactGaussian(1.0)), [["one"]])
+    report = TiltReport(prompts=["one"], transition=ExactGaussian(1.0))
+    with pytest.raises(ValueError, match="use DDIM"):
+        fit(task(), sampler(), [["one"]], callbacks=[report])
+
+
+def test_a_buffer_that_will_be_drawn_from_again_is_saved() -> None:
+    """Also where the next batch makes a fresh rollout: the older ones stay beside it."""
+    for size, kept in ((1, 0), (3, 1)):
+        steps = sampler(rollout_every=2, buffer_size=size)
+        fit(task(), steps, BATCHES[:2])
+        assert len(steps.state_dict()["buffer"]) == kept
+
+
+def test_replaying_an_on_policy_loss_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(task(), sampler(rollout_every=2), BATCHES[:2])
+    assert "is on policy, and the sampler replays" in caplog.text

@@ -85,3 +85,12 @@ def test_a_fit_is_not_steered(tmp_path: Path) -> None:
     run = tilt("fit", "--config", "configs/toy/adjoint_matching.yaml", "--steering", "smc",
                "--trainer.default_root_dir", str(tmp_path))  # fmt: skip
     assert run.status == 1 and "validate, test and predict" in run.err and not list(tmp_path.iterdir())
+
+
+def test_without_a_twist_nothing_is_resampled() -> None:
+    """A tuned model's weights fall along the path; resampling by them would pull it back to the base."""
+    host = AdjointMatchingTask(PromptedNet(RectifiedFlow()), SumReward(), lam=3.0)
+    host.predictor.network[2].weight.data += 2.0
+    steered = sampler(SMC(particles=64, twist="none", proposal="tuned", resample_below=0.99))
+    steered.rollout(host, ["one"], stream="predict", number=0)
+    assert steered.found[0]["resampled"] == 0 and min(steered.found[0]["ess"]) < 0.99

@@ -154,7 +154,7 @@ class Loss(ABC):
                 f"{type(self).__name__} needs a step with noise, and the sampler's chain has none: sampler.steps of at "
                 "least 2, and ddim_eta above 0"
             )
-        self._check_exact(chain.transition)
+        self.check_exact(chain.transition)
         if self.on_policy and sampler.replays:
             rank_zero_info(
                 f"{type(self).__name__} is on policy, and the sampler replays rollouts of older models, which moves "
@@ -173,8 +173,12 @@ class Loss(ABC):
                 "use bf16-mixed, and give the network's dtype to the predictor"
             )
 
-    def _check_exact(self, transition: Transition) -> None:
-        """Steps that are exact for another Gaussian would silently make another chain."""
+    def check_exact(self, transition: Transition) -> None:
+        """Refuse steps that are exact for another Gaussian: they would silently make another chain.
+
+        Raises:
+            ValueError: naming the precision of this base.
+        """
         with self.predictor.base() as base:
             precision = base.precision if isinstance(base, KnownLaw) else None
         if isinstance(transition, ExactGaussian) and (

@@ -56,8 +56,8 @@ class NETS(TransportLoss):
     divergence, d VJPs or one a probe, and a backward through all of them; one of "action_matching" the base twice, and
     the model's potential with its gradient.
 
-    "action_matching" comes near the transport in the mean square, and weights see its divergence: on the two-dimensional
-    mixture its samples are right (sliced W2 .11 at a floor of .05) at an ESS of .71, where "pinn" has .96.
+    "action_matching" comes near the transport in the mean square, and weights see its divergence: on the mixture in two
+    dimensions its samples are right (sliced W2 .11 at a floor of .05) at an ESS of .71, where "pinn" has .96.
 
     ESS and log Z are Jarzynski's where the divergence is exact and the process continuous, else Crooks'.
 
