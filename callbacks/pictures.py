@@ -131,12 +131,16 @@ def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> Non
 
 
 def _scatter(path: str | Path, base: Tensor, tuned: Tensor) -> None:
-    """The first two coordinates of base and tuned states; of states on the line, their histogram."""
+    """The first two coordinates of base and tuned states; of states on the line, and of pair distances, histograms."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     for axis, points, name, colour in zip(
         figure.subplots(1, 2, sharex=True, sharey=True), (base, tuned), ("base", "tuned"), (BASE, TUNED), strict=True
     ):
-        if points.shape[1] == 1:
+        if points.ndim == 3:  # particles (n, N, d)
+            pairs = torch.cat([torch.pdist(x) for x in points[:1000]])
+            axis.hist(pairs.numpy(), 60, density=True, color=colour, alpha=0.6)
+            axis.set_xlabel("distance of two particles")
+        elif points.shape[1] == 1:
             axis.hist(points[:, 0].numpy(), 60, density=True, color=colour, alpha=0.6)
         else:
             axis.scatter(points[:5000, 0].numpy(), points[:5000, 1].numpy(), s=3, alpha=0.35, color=colour, lw=0)
