@@ -11,7 +11,7 @@ from toys import AffineControl, PromptedNet, SumReward, gaussian, one_update
 
 from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.identities import log_partition
-from lightning_tilt.losses.lean_adjoint import lean_adjoint
+from lightning_tilt.identities.lean_adjoint import lean_adjoint
 from lightning_tilt.models import the_mixture
 from lightning_tilt.models.closed_form import GaussianMixturePredictor
 from lightning_tilt.process import Cosine, Process, RectifiedFlow, VariancePreserving

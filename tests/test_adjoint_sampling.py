@@ -10,8 +10,8 @@ from toys import PromptedNet, SumReward
 
 from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
+from lightning_tilt.identities.lean_adjoint import lean_adjoint
 from lightning_tilt.losses.adjoint_sampling import clipped
-from lightning_tilt.losses.lean_adjoint import lean_adjoint
 from lightning_tilt.losses.score_matching import novel_target
 from lightning_tilt.models import GaussianBase, GaussianMixturePredictor, NeuralTilt
 from lightning_tilt.process import Driftless, Process, RectifiedFlow, VariancePreserving

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from lightning_tilt.chain import Chain, evaluating, slices
+from lightning_tilt.identities.lean_adjoint import lean_adjoint
 from lightning_tilt.interfaces import LamSchedule
-from lightning_tilt.losses.lean_adjoint import lean_adjoint
 from lightning_tilt.losses.pair_controls import PairControls, Pairs
 from lightning_tilt.noise import keyed_choice
 from lightning_tilt.trajectory import Trajectory

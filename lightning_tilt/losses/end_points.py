@@ -70,6 +70,23 @@ class NoisedEnds:
     end_score: Tensor | None = None
     weight: Tensor = field(default_factory=lambda: torch.ones(()))
 
+    @classmethod
+    def of(cls, path: Trajectory, x: Tensor, t: Tensor, weight: Tensor) -> "NoisedEnds":
+        """The end points of P samples with their noised states (P, *shape), times (P,) and weights (P,)."""
+        return cls(
+            x1=path.end,
+            x=x,
+            t=t,
+            condition=path.condition[path.index],
+            index=path.index,
+            reward=path.reward,
+            reward_gradient=path.reward_gradient,
+            lam=path.lam,
+            advantage=path.advantage,
+            end_score=path.end_score,
+            weight=weight,
+        )
+
 
 class EndPointRegression(PathWeighted):
     """Base of the regressions at noised end points.
@@ -179,19 +196,8 @@ class EndPointRegression(PathWeighted):
 
     def _noised(self, process: Process, trajectory: Trajectory, n: Tensor, t: Tensor, eps: Tensor) -> NoisedEnds:
         path = trajectory[n]
-        return NoisedEnds(
-            x1=path.end,
-            x=process.add_noise(path.end, eps, t.to(path.end.device)),
-            t=t,
-            condition=path.condition[path.index],
-            index=path.index,
-            reward=path.reward,
-            reward_gradient=path.reward_gradient,
-            lam=path.lam,
-            advantage=path.advantage,
-            end_score=path.end_score,
-            weight=path.weight if path.importance is None else path.weight * path.importance,
-        )
+        weight = path.weight if path.importance is None else path.weight * path.importance
+        return NoisedEnds.of(path, process.add_noise(path.end, eps, t.to(path.end.device)), t, weight)
 
     def _draw(self, trajectory: Trajectory, process: Process) -> tuple[Tensor, Tensor, Tensor]:
         """Times, factors 1/q and noises of all noisings, noising by noising: (P,), (P,), (P, *shape)."""

@@ -45,7 +45,8 @@ def end_point_target(loss: EndPointRegression, path: Trajectory, k: int, micro_b
     parts = []
     with torch.no_grad(), evaluating(loss.predictor):
         for i in slices(len(path), micro_batch):
-            points = _points(path[i], k)
+            part = path[i]
+            points = NoisedEnds.of(part, part.states[k], part.t[k].expand(len(part)), part.weight)
             x1_hat = loss.x1_hat(loss.predictor, points)
             parts.append(loss.completed(points, loss.target(points), x1_hat))
     return torch.cat(parts)
@@ -54,20 +55,3 @@ def end_point_target(loss: EndPointRegression, path: Trajectory, k: int, micro_b
 def _later(mean: Callable[[Tensor, int], Tensor], k: int) -> Callable[[Tensor, int], Tensor]:
     """The means of a chain that begins at step k."""
     return lambda x, j: mean(x, k + j)
-
-
-def _points(path: Trajectory, k: int) -> NoisedEnds:
-    """The states at step k as noised end points."""
-    return NoisedEnds(
-        x1=path.end,
-        x=path.states[k],
-        t=path.t[k].expand(len(path)),
-        condition=path.condition[path.index],
-        index=path.index,
-        reward=path.reward,
-        reward_gradient=path.reward_gradient,
-        lam=path.lam,
-        advantage=path.advantage,
-        end_score=path.end_score,
-        weight=path.weight,
-    )
