@@ -21,7 +21,7 @@ from ..transition import Brownian, ExactGaussian
 
 __all__ = ["Truth", "density_figures", "distances", "truth_of"]
 
-MOST = 3000
+MOST = 10_000
 """Samples that distances are computed from, at most."""
 
 MOST_SYSTEMS = 1000
@@ -86,7 +86,7 @@ def distances(truth: Truth, x: Tensor, seed: int, repeats: int = 3) -> dict[str,
     reference = truth.reference(max(4 * min(len(x), MOST), 2), seed)
     if reference is None:
         return found
-    n = min(len(x), len(reference) // 2, MOST if truth.particles is None else MOST_SYSTEMS)
+    most = min(len(x), len(reference) // 2, MOST)
 
     def energy_w2(a: Tensor, b: Tensor) -> Tensor:
         return squared_wasserstein2_1d(truth.energy(a), truth.energy(b)).sqrt()
@@ -103,6 +103,7 @@ def distances(truth: Truth, x: Tensor, seed: int, repeats: int = 3) -> dict[str,
     elif truth.particles[0] <= 5:
         kinds["symmetric_w2"] = symmetric_w2
     for name, distance in kinds.items():
+        n = min(most, MOST_SYSTEMS) if name == "symmetric_w2" else most
         floor = noise_floor(distance, reference, n, repeats, seed)
         found[name] = {"value": float(distance(x[:n], reference[:n])), "floor": floor.mean, "n": n}
     return found

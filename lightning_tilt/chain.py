@@ -212,5 +212,6 @@ class Chain:
 
     def _call(self, predictor: Predictor, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         self.evaluations.forward += len(x)
+        self.evaluations.reward += len(x) * predictor.reward_cost
         with self.context():
             return predictor.predict(x, t, condition).to(x.dtype)

@@ -23,6 +23,7 @@ import lightning_tilt.data
 import lightning_tilt.models.closed_form
 import lightning_tilt.models.equivariant
 import lightning_tilt.models.gaussian_base
+import lightning_tilt.models.lattice
 import lightning_tilt.models.neural
 import lightning_tilt.models.stable_diffusion
 import lightning_tilt.models.stable_diffusion_3

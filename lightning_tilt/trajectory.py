@@ -30,7 +30,8 @@ _PER_SAMPLE = (
     "advantage",
     "end_score",
 )
-_STEP_MAJOR = ("states", "noise", "adjoint", "base_mean")
+_STEP_MAJOR = ("states", "noise", "adjoint", "base_mean", "marginal_log_w", "marginal_rate")
+_OF_WHOLE_PATHS = ("supervised", "adjoint", "base_mean", "marginal_log_w", "marginal_rate")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Trajectory:
         supervised: the steps a loss looks at, (J,), integer, increasing.
         adjoint: a_{k+1} for each supervised k, (J, N, *shape).
         base_mean: the base's mean at X_k for each supervised k, (J, N, *shape).
+        marginal_log_w: log weights of X_k for a path of marginals pi_{t_k}, (K, N).
+        marginal_rate: d_t r_t + v.grad r_t at X_k, with pi_t ~ p_t exp(r_t), (K, N).
     """
 
     t: Tensor
@@ -77,6 +80,8 @@ class Trajectory:
     supervised: Tensor | None = None
     adjoint: Tensor | None = None
     base_mean: Tensor | None = None
+    marginal_log_w: Tensor | None = None
+    marginal_rate: Tensor | None = None
 
     def __post_init__(self) -> None:
         k, n = self.noise.shape[:2]
@@ -121,12 +126,12 @@ class Trajectory:
         if not 0 <= first < last <= self.steps:
             raise IndexError(f"between({first}, {last}) of a trajectory of {self.steps} steps")
         t, states = self.t[first : last + 1], self.states[first : last + 1]
-        dropped: dict[str, Any] = dict.fromkeys(("log_w", "supervised", "adjoint", "base_mean"))
+        dropped: dict[str, Any] = dict.fromkeys(("log_w", *_OF_WHOLE_PATHS))
         return replace(self, t=t, states=states, noise=self.noise[first:last], **dropped)
 
     def ends(self) -> "Trajectory":
         """The end points alone, as a record of no steps: what losses need that noise them again."""
-        dropped: dict[str, Any] = dict.fromkeys(("supervised", "adjoint", "base_mean"))
+        dropped: dict[str, Any] = dict.fromkeys(_OF_WHOLE_PATHS)
         return replace(self, t=self.t[-1:], states=self.states[-1:], noise=self.noise[:0], **dropped)
 
     @classmethod

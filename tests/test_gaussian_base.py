@@ -22,6 +22,7 @@ PURE = {
     "flow": RectifiedFlow(),
     "sd3": RectifiedFlow(shift=3.0),
     "cosine": Cosine(),
+    "wide cosine": Cosine(noise_scale=2.0),
     "zero-snr": VariancePreserving.from_betas(zero_terminal_snr=True),
 }
 pure = pytest.mark.parametrize("process", PURE.values(), ids=PURE.keys())

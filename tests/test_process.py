@@ -14,6 +14,7 @@ PROCESSES = {
     "flow": RectifiedFlow(),
     "sd3": RectifiedFlow(shift=3.0),
     "cosine": Cosine(),
+    "wide cosine": Cosine(noise_scale=3.0),
 }
 processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES.keys())
 

@@ -29,12 +29,14 @@ class Predictor(nn.Module, ABC):
         prediction_type: what `predict` returns: "epsilon", "v_prediction", "sample" (x1_hat) or "velocity".
         state_shape: shape of one state, without the batch, e.g. (4, 64, 64) or (2,).
         backward_cost: forwards that the backward of one training pair costs: 2 for a full network, 1 for adapters.
+        reward_cost: gradients of a reward that one prediction asks for, counted beside its forward.
     """
 
     process: Process
     prediction_type: PredictionType
     state_shape: tuple[int, ...]
     backward_cost: int = 2
+    reward_cost: int = 0
 
     def __init__(self) -> None:
         super().__init__()

@@ -9,7 +9,7 @@ F_t = log Z_t; only its rate enters, and that is what is learned.  (2410.02711; 
 import torch
 from torch import Tensor, nn
 
-from lightning_tilt.models.tilt import time_features
+from lightning_tilt.models.guide import time_features
 from lightning_tilt.transport import Fields
 
 __all__ = ["FreeEnergy", "action_terms", "residual"]

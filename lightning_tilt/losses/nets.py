@@ -127,6 +127,13 @@ class NETS(TransportLoss):
         exact = self.divergence == "exact" and self._continuous(chain)
         return replace(made, weights="jarzynski") if exact and isinstance(made, TransportChain) else made
 
+    def prepare(self, trajectory: Trajectory) -> Trajectory:
+        """What action matching averages along the paths, once a rollout: no later model changes it."""
+        if self.objective == "pinn":
+            return trajectory
+        log_w, rho = self._along(self.transport_chain(trajectory.lam), trajectory)
+        return replace(trajectory, marginal_log_w=log_w, marginal_rate=rho)
+
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples and supervised states of the squared residual; or the action."""
         chain = self.transport_chain(trajectory.lam)
@@ -170,7 +177,8 @@ class NETS(TransportLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
         trajectory = trajectory[trajectory.weight > 0]
-        log_w, rho = self._along(chain, trajectory)
+        log_w, rho = trajectory.marginal_log_w, trajectory.marginal_rate
+        assert log_w is not None and rho is not None
         group = torch.zeros_like(trajectory.index) if trajectory.prompts is None else trajectory.index
         group = group + len(trajectory.condition) * torch.arange(chain.steps)[:, None]
         place = group.flatten().unique(return_inverse=True)[1].to(log_w.device)  # one place a prompt and time
@@ -205,7 +213,10 @@ class NETS(TransportLoss):
 
     @torch.no_grad()
     def _along(self, chain: TransportChain, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
-        """Log weights for pi_{t_k} by Crooks, and rho = d_t r_t + v.grad r_t, at all states: both (K, N)."""
+        """Log weights for pi_{t_k} by Crooks, and rho = d_t r_t + v.grad r_t, at all states: both (K, N).
+
+        Bad samples are among them; nobody reads theirs.
+        """
         log_w, rho = [], []
         with evaluating(self.predictor):
             for i in slices(len(trajectory), self.loss_micro_batch):

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning_tilt.models.gaussian_base import GaussianBase as GaussianBase
     from lightning_tilt.models.gaussian_mixture import GaussianMixture as GaussianMixture
     from lightning_tilt.models.latent_diffusion import LatentDiffusion as LatentDiffusion
+    from lightning_tilt.models.lattice import LatticeTilt as LatticeTilt
     from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
     from lightning_tilt.models.stable_diffusion import StableDiffusion as StableDiffusion
     from lightning_tilt.models.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
@@ -26,6 +27,7 @@ _HOMES = {
     "GaussianMixture": "lightning_tilt.models.gaussian_mixture",
     "GaussianMixturePredictor": "lightning_tilt.models.closed_form",
     "LatentDiffusion": "lightning_tilt.models.latent_diffusion",
+    "LatticeTilt": "lightning_tilt.models.lattice",
     "NeuralTilt": "lightning_tilt.models.neural",
     "NeuralTransport": "lightning_tilt.models.transport",
     "PotentialTransport": "lightning_tilt.models.transport",
@@ -40,6 +42,7 @@ __all__ = [
     "GaussianMixture",
     "GaussianMixturePredictor",
     "LatentDiffusion",
+    "LatticeTilt",
     "NeuralTilt",
     "NeuralTransport",
     "PotentialTransport",

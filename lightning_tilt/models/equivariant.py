@@ -17,8 +17,9 @@ function of the distances is a sum of pushes `e_ij` times something symmetric, a
 import torch
 from torch import Tensor, nn
 
-from lightning_tilt.interfaces import Predictor
-from lightning_tilt.models.tilt import TiltOfBase, time_features
+from lightning_tilt.interfaces import Predictor, Reward
+from lightning_tilt.models.guide import time_features
+from lightning_tilt.models.tilt import TiltOfBase
 
 __all__ = ["EquivariantTilt"]
 
@@ -36,6 +37,8 @@ class EquivariantTilt(TiltOfBase):
         frequencies: number of frequencies in the features `cos(pi j t), sin(pi j t)` of the time.
         bound: the largest push of one particle on another in f.
         input_scale: the unit of length of the states.
+        guide: see `TiltOfBase`; the gradient of an energy of particles is equivariant too.
+        guide_reach: see `TiltOfBase`.
 
     Raises:
         ValueError: if the states of the base are not those of at least two particles, or a size is not positive.
@@ -51,8 +54,10 @@ class EquivariantTilt(TiltOfBase):
         frequencies: int = 6,
         bound: float = 10.0,
         input_scale: float = 1.0,
+        guide: Reward | None = None,
+        guide_reach: float = 3.0,
     ) -> None:
-        super().__init__(base, input_scale)
+        super().__init__(base, input_scale, guide, guide_reach)
         if len(self.state_shape) != 2 or self.state_shape[0] < 2:
             raise ValueError(f"EquivariantTilt moves particles: states of shape (n, d), n >= 2, not {self.state_shape}")
         if layers < 1 or bound <= 0:

@@ -6,8 +6,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lightning_tilt.interfaces import Predictor
-from lightning_tilt.models.tilt import TiltOfBase, time_features
+from lightning_tilt.interfaces import Predictor, Reward
+from lightning_tilt.models.guide import time_features
+from lightning_tilt.models.tilt import TiltOfBase
 
 __all__ = ["NeuralTilt"]
 
@@ -22,12 +23,21 @@ class NeuralTilt(TiltOfBase):
         frequencies: number of frequencies in the features `cos(pi j t), sin(pi j t)` of the time.
         input_scale: the unit of length of the states (40 for modes that lie on +-40): the network sees x/input_scale,
             and moves `x1_hat` in this unit.
+        guide: see `TiltOfBase`.
+        guide_reach: see `TiltOfBase`.
     """
 
     def __init__(
-        self, base: Predictor, hidden: int = 128, layers: int = 3, frequencies: int = 6, input_scale: float = 1.0
+        self,
+        base: Predictor,
+        hidden: int = 128,
+        layers: int = 3,
+        frequencies: int = 6,
+        input_scale: float = 1.0,
+        guide: Reward | None = None,
+        guide_reach: float = 3.0,
     ) -> None:
-        super().__init__(base, input_scale)
+        super().__init__(base, input_scale, guide, guide_reach)
         self.frequencies = frequencies
         size = math.prod(self.state_shape)
         widths = [size + 1 + 2 * frequencies, *[hidden] * layers]

@@ -5,11 +5,13 @@
 The optimal tilt moves `x1_hat` by `beta^2/alpha grad log h`, and `grad log h` is of order `alpha` at the noisy end: the
 gain leaves to `f` a function of order one at all times,
 
-    gain = posterior_variance(t, m)/unit      for a Gaussian base N(mu, I/m): f/unit is then E*[lam grad r(X_1) | X_t]
-    gain = beta^2/unit                        for any other base
+    gain = V_t/unit,    V_t = posterior_variance(t, m)    of a Gaussian base N(mu, I/m)
+                        V_t = beta^2                      of any other base
 
-with `unit` the length in which states are measured: a network sees x/unit, and a change of units changes nothing.
-`f` is 0 at the start, so that tuning begins exactly at the base.
+with `unit` the length in which states are measured: a network sees x/unit, and a change of units changes nothing.  Of a
+Gaussian base f/unit is E*[lam grad r(X_1) | X_t].
+With a `guide`, a reward whose gradient is cheap, x1_hat is also moved along that gradient (`Guide`).
+Both moves are 0 at the start, so that tuning begins exactly at the base.
 """
 
 import math
@@ -17,21 +19,15 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
 from lightning_tilt.frozen import Frozen
-from lightning_tilt.interfaces import Condition, Predictor, Prompts
+from lightning_tilt.interfaces import Condition, Predictor, Prompts, Reward
 from lightning_tilt.models.gaussian_base import GaussianBase
+from lightning_tilt.models.guide import Guide
 from lightning_tilt.process import expand
 
-__all__ = ["TiltOfBase", "time_features"]
-
-
-def time_features(t: Tensor, frequencies: int) -> Tensor:
-    """`t`, `cos(pi j t)` and `sin(pi j t)` for j = 1 .. frequencies: (B,) -> (B, 1 + 2 frequencies), float64."""
-    phase = math.pi * t.double()[:, None] * torch.arange(1, frequencies + 1, device=t.device)
-    return torch.cat([t.double()[:, None], phase.cos(), phase.sin()], 1)
+__all__ = ["TiltOfBase"]
 
 
 class TiltOfBase(Predictor):
@@ -40,14 +36,23 @@ class TiltOfBase(Predictor):
     Args:
         base: the model to tune; any prediction type.  It is frozen and held once, outside the checkpoint.
         input_scale: the unit of length of the states: `f` is given states that were divided by it.
+        guide: the reward whose gradient at the base's prediction helps; None: none does.
+        guide_reach: the longest move that the guide asks for, in standard deviations of what the base leaves open.
 
     Raises:
-        ValueError: if `input_scale` is not positive.
+        ValueError: if `input_scale` or `guide_reach` is not positive.
+        TypeError: if the guide has no gradient, or reads prompts.
     """
 
     backward_cost = 2
 
-    def __init__(self, base: Predictor, input_scale: float = 1.0) -> None:
+    def __init__(
+        self,
+        base: Predictor,
+        input_scale: float = 1.0,
+        guide: Reward | None = None,
+        guide_reach: float = 3.0,
+    ) -> None:
         super().__init__()
         if not 0 < input_scale < math.inf:
             raise ValueError(f"input_scale must be positive, not {input_scale}")
@@ -56,6 +61,10 @@ class TiltOfBase(Predictor):
         self.prediction_type = "sample"
         self.state_shape = base.state_shape
         self.input_scale = input_scale
+        self.guide = None if guide is None else Guide(guide, guide_reach)
+        if self.guide is not None:
+            self.guide.bind(self)
+            self.reward_cost = 1
 
     @abstractmethod
     def f(self, x: Tensor, t: Tensor) -> Tensor:
@@ -63,17 +72,24 @@ class TiltOfBase(Predictor):
 
     def gain(self, t: Tensor) -> Tensor:
         """What multiplies `f` at the times t (B,): (B,), float64."""
+        return self.variance(t) / self.input_scale
+
+    def variance(self, t: Tensor) -> Tensor:
+        """V_t: of X_1 given X_t under a Gaussian base, beta^2 for any other, at the times t (B,): (B,), float64."""
         base, t = self._base.module, t.double()
         if isinstance(base, GaussianBase):
-            return self.process.posterior_variance(t, base.precision) / self.input_scale
-        return self.process.beta(t) ** 2 / self.input_scale
+            return self.process.posterior_variance(t, base.precision)
+        return self.process.beta(t) ** 2
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """`x1_hat` at the states (B, *state_shape) and times (B,)."""
         base = self._base.module
         x1_hat = base.process.interpret(base.predict(x, t, condition), base.prediction_type, x, t).x1_hat
         f = self.f(x / self.input_scale, t).to(x.dtype)
-        return x1_hat + expand(self.gain(t), x) * self.project(f)
+        move = expand(self.gain(t), x) * f
+        if self.guide is not None:
+            move = move + self.guide(x1_hat, t, self.variance(t))
+        return x1_hat + self.project(move)
 
     @contextmanager
     def base(self) -> Iterator[Predictor]:

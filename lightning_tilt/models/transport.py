@@ -12,7 +12,7 @@ time alone is in it: such a function moves nothing, and action matching on a gri
 import torch
 from torch import Tensor
 
-from lightning_tilt.interfaces import Condition
+from lightning_tilt.interfaces import Condition, Predictor
 from lightning_tilt.models.neural import NeuralTilt
 from lightning_tilt.transport import KnownTransport
 
@@ -22,8 +22,19 @@ __all__ = ["NeuralTransport", "PotentialTransport"]
 class NeuralTransport(NeuralTilt, KnownTransport):
     """The velocity of a frozen base plus an MLP (SiLU, Fourier features of t), which is 0 at the start.
 
-    Its arguments are those of `NeuralTilt`; `input_scale` is the unit of length of states and transport.
+    Args:
+        base: the model to move; any prediction type.  It is frozen and held once, outside the checkpoint.
+        hidden: width of the hidden layers.
+        layers: number of hidden layers.
+        frequencies: number of frequencies in the features of the time.
+        input_scale: the unit of length of states and transport.
     """
+
+    # No guide: the chain of a transport has the gradient of r_t in its drift already.
+    def __init__(
+        self, base: Predictor, hidden: int = 128, layers: int = 3, frequencies: int = 6, input_scale: float = 1.0
+    ) -> None:
+        super().__init__(base, hidden, layers, frequencies, input_scale)
 
     def gain(self, t: Tensor) -> Tensor:
         """`unit beta/(alpha' beta - alpha beta')`, what multiplies `f` in x1_hat: (B,), float64."""
@@ -39,7 +50,7 @@ class NeuralTransport(NeuralTilt, KnownTransport):
 class PotentialTransport(NeuralTransport):
     """The velocity of a frozen base plus the gradient of a potential, which is 0 at the start.
 
-    Its arguments are those of `NeuralTilt`.
+    Its arguments are those of `NeuralTransport`.
     """
 
     def potential(self, x: Tensor, t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Interpolants in continuous time that start at pure noise: rectified flow (SD 3) and the cosine schedule.
 
     RectifiedFlow   alpha = t               beta = 1 - t
-    Cosine          alpha = sin(pi t / 2)   beta = cos(pi t / 2)
+    Cosine          alpha = sin(pi t / 2)   beta = S cos(pi t / 2)      S = 1, or the scale of a density
 
 Both have alpha = 0 at t = 0, so their memoryless chains tilt the base without a bias from the initial value.
 """
@@ -66,30 +66,47 @@ class RectifiedFlow(Process):
 
 
 class Cosine(Process):
-    """`X_t = sin(pi t/2) X_1 + cos(pi t/2) eps`: variance preserving, smooth, and exactly noise at t = 0."""
+    """`X_t = sin(pi t/2) X_1 + cos(pi t/2) S eps`: variance preserving, smooth, and exactly noise at t = 0.
+
+    Args:
+        noise_scale: S, the standard deviation of the noise, and of X_0, in units of the states; of data of about that
+            size the marginals keep their width all the way, as a path of densities wants.
+
+    Raises:
+        ValueError: if `noise_scale` is not positive.
+    """
+
+    def __init__(self, noise_scale: float = 1.0) -> None:
+        if not 0 < noise_scale < math.inf:
+            raise ValueError(f"noise_scale must be positive, not {noise_scale}")
+        self.noise_scale = noise_scale
 
     def __repr__(self) -> str:
-        return "Cosine()"
+        return "Cosine()" if self.noise_scale == 1 else f"Cosine(noise_scale={self.noise_scale})"
 
     def alpha(self, t: Tensor) -> Tensor:
         """`sin(pi t/2)`."""
         return torch.sin(math.pi / 2 * t)
 
     def beta(self, t: Tensor) -> Tensor:
-        """`cos(pi t/2)`, written as a sine so that it is exactly 0 at t = 1."""
-        return torch.sin(math.pi / 2 * (1 - t))
+        """`S cos(pi t/2)`, written as a sine so that it is exactly 0 at t = 1."""
+        return self.noise_scale * torch.sin(math.pi / 2 * (1 - t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """`pi/2 beta`."""
-        return math.pi / 2 * self.beta(t)
+        """`pi/2 cos(pi t/2)`."""
+        return math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
 
     def d_beta(self, t: Tensor) -> Tensor:
-        """`-pi/2 alpha`."""
-        return -math.pi / 2 * self.alpha(t)
+        """`-S pi/2 alpha`."""
+        return -self.noise_scale * math.pi / 2 * self.alpha(t)
 
     def grid(self, steps: int) -> Tensor:
         """Uniform times, (steps + 1,) float64, from 0 to 1."""
         return 1 - _uniform(steps)
+
+    def initial(self, noise: Tensor) -> Tensor:
+        """`S eps`."""
+        return self.noise_scale * noise
 
     def timestep(self, t: Tensor) -> Tensor:
         """`1000 (1 - t)`, the convention of flow models."""

@@ -1,0 +1,89 @@
+"""What a reward's gradient at the predicted end point says, as a part of a small network's prediction.
+
+    move(x, t) = gate(t) soften( V_t grad r(x1_hat_base(x, t)) ),      soften(v) = v/sqrt(1 + |v|^2/(reach^2 V_t))
+
+A tilt moves x1_hat by V_t E*[lam grad r(X_1) | X_t = x], V_t = Var(X_1 | X_t) of the base, which near the data is
+V_t lam grad r(x1_hat): a network beside this move, times a learned function of the time, has only to learn the rest.
+Far from the data a steep reward has a gradient at x1_hat that says little of the one at X_1, and of any length; no tilt
+moves x1_hat by many standard deviations of what is still open, so longer moves are softened.  The limit is gone where
+V_t is.
+
+Samplers of unnormalised densities have used such a part since the path integral sampler (2111.15141, section 4; DDS,
+2302.13834, equation 20), there with the gradient at x.  It costs an energy evaluation a network call, which the
+counters of a run show as `reward` evaluations.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from lightning_tilt.frozen import Frozen
+from lightning_tilt.interfaces import Predictor, Reward
+from lightning_tilt.process import expand
+
+__all__ = ["Guide", "time_features"]
+
+
+def time_features(t: Tensor, frequencies: int) -> Tensor:
+    """`t`, `cos(pi j t)` and `sin(pi j t)` for j = 1 .. frequencies: (B,) -> (B, 1 + 2 frequencies), float64."""
+    phase = torch.pi * t.double()[:, None] * torch.arange(1, frequencies + 1, device=t.device)
+    return torch.cat([t.double()[:, None], phase.cos(), phase.sin()], 1)
+
+
+class Guide(nn.Module):
+    """`gate(t) soften(V_t grad r(x1_hat))`, 0 at the start; the gate, one number a time, is learned.
+
+    Args:
+        reward: whose gradient is followed: a density, or any other reward that is differentiable and needs no prompts.
+        reach: longest move, of a sample (d,) or of each particle (n, d), in standard deviations sqrt(V_t).
+        frequencies: of the gate's features of the time.
+        hidden: width of the gate's hidden layer.
+
+    Raises:
+        TypeError: for a reward without gradient, or one that reads prompts.
+        ValueError: if `reach` is not positive.
+    """
+
+    def __init__(self, reward: Reward, reach: float = 3.0, frequencies: int = 6, hidden: int = 64) -> None:
+        super().__init__()
+        if not reward.is_differentiable or reward.needs_prompts:
+            raise TypeError(
+                f"a guide follows the gradient of a reward that needs no prompts; {type(reward).__name__} "
+                f"{'reads prompts' if reward.needs_prompts else 'has no gradient'}: leave the guide out"
+            )
+        if not reach > 0:
+            raise ValueError(f"guide_reach is a number of standard deviations and positive, not {reach}")
+        self._reward = Frozen(reward)
+        self.reach = reach
+        self.frequencies = frequencies
+        self.hidden = nn.Linear(1 + 2 * frequencies, hidden)
+        self.last = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def bind(self, predictor: Predictor) -> None:
+        """Tell a density which base it tilts."""
+        self._reward.module.bind(predictor)
+
+    def forward(self, x1_hat: Tensor, t: Tensor, variance: Tensor) -> Tensor:
+        """The move of `x1_hat`, (B, *shape), in its dtype.
+
+        Where gradients are on and `x1_hat` has one, that of the move flows back through the reward's second derivative.
+        Where the reward's gradient is not finite it counts as 0: two particles in one place are not pushed anywhere.
+
+        Args:
+            x1_hat: what the base predicts, (B, *shape).
+            t: times, (B,).
+            variance: V_t, (B,), float64.
+        """
+        graph = torch.is_grad_enabled() and x1_hat.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x1_hat if graph else x1_hat.detach().clone().requires_grad_()
+            score = self._reward.module.score(x, None).sum()
+            (gradient,) = torch.autograd.grad(score, x, create_graph=graph)
+        variance = expand(variance, x1_hat)
+        v = variance * torch.where(gradient.isfinite(), gradient, 0.0)
+        v = v / (1 + v.square().sum(-1, keepdim=True) / (self.reach**2 * variance).clamp(min=1e-30)).sqrt()
+        features = time_features(t, self.frequencies).to(self.last.weight)
+        gate = self.last(nn.functional.silu(self.hidden(features))).to(x1_hat)
+        move: Tensor = v * gate.reshape(-1, *(1,) * (v.ndim - 1))
+        return move
