@@ -244,3 +244,19 @@ def test_what_does_not_fit_is_refused() -> None:
         update(PromptedNet(RectifiedFlow()), [["one", "three"]])
     _, path, gradient = update(vp, [["one"]], {"samples_per_condition": 3})
     assert len(path) == 3 and gradient
+
+
+def test_the_base_is_asked_once_a_rollout_for_what_action_matching_averages() -> None:
+    """K base evaluations a sample for log weights and rates, K - 1 twice and 1 for the rollout; then the updates."""
+
+    def forwards(updates: int) -> int:
+        sampler = TrajectorySampler(steps=STEPS, samples_per_condition=1, rollout_every=updates)
+        task = NETSTask(
+            predictor=model(PotentialTransport), reward=SumReward(), lam=LAM, objective="action_matching",
+            optimizer=lambda p: torch.optim.SGD(p, lr=0.0),
+        ).double()  # fmt: skip
+        fit(task, sampler, DENSITY * updates)
+        return sampler.evaluations.forward
+
+    one, two, three = forwards(1), forwards(2), forwards(3)
+    assert two - one == three - two == 6 * STEPS, "a further update of a rollout asks the potential alone"

@@ -16,6 +16,7 @@ from lightning_tilt.models import GaussianBase, GaussianMixturePredictor, Neural
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.rewards import LinearReward
 from lightning_tilt.rewards.density import Density
+from lightning_tilt.rewards.energies import DoubleWell4
 from lightning_tilt.tasks import AdjointMatchingTask
 from lightning_tilt.transition import ExactGaussian
 
@@ -104,3 +105,11 @@ def test_other_chains_are_held_to_their_own_law(tmp_path: Path) -> None:
     log_z = report["log_z"]
     assert log_z["exact"] == report["log_z_base"]["mean"] and log_z["exact_se"] == report["log_z_base"]["se"]
     assert log_z["continuous"] == pytest.approx(0.125)
+
+
+def test_energies_of_particles_are_compared_for_all_samples() -> None:
+    """Only distances up to symmetry, of a quadratic cost, are computed for some of them."""
+    truth = truth_of(GaussianBase([4, 2], mean_free=True), DoubleWell4(), 1.0)
+    assert truth is not None
+    found = distances(truth, DoubleWell4().reference(1500, seed=3), seed=0, repeats=1)
+    assert found["energy_w2"]["n"] == 1500 and found["symmetric_w2"]["n"] == 1000
