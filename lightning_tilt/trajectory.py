@@ -30,8 +30,8 @@ _PER_SAMPLE = (
     "advantage",
     "end_score",
 )
-_STEP_MAJOR = ("states", "noise", "adjoint", "base_mean", "marginal_log_w", "marginal_rate")
-_OF_WHOLE_PATHS = ("supervised", "adjoint", "base_mean", "marginal_log_w", "marginal_rate")
+_STEP_MAJOR = ("states", "noise", "adjoint", "base_mean", "marginal_weight", "marginal_source")
+_OF_WHOLE_PATHS = ("supervised", "adjoint", "base_mean", "marginal_weight", "marginal_source")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Trajectory:
         supervised: the steps a loss looks at, (J,), integer, increasing.
         adjoint: a_{k+1} for each supervised k, (J, N, *shape).
         base_mean: the base's mean at X_k for each supervised k, (J, N, *shape).
-        marginal_log_w: log weights of X_k for a path of marginals pi_{t_k}, (K, N).
-        marginal_rate: d_t r_t + v.grad r_t at X_k, with pi_t ~ p_t exp(r_t), (K, N).
+        marginal_weight: weights of X_k for a path of marginals pi_{t_k}, of mean 1 for each prompt and k, (K, N).
+        marginal_source: `rho - E_pi_t[rho]` at X_k, rho = d_t r_t + v.grad r_t, pi_t ~ p_t exp(r_t), (K, N).
     """
 
     t: Tensor
@@ -80,8 +80,8 @@ class Trajectory:
     supervised: Tensor | None = None
     adjoint: Tensor | None = None
     base_mean: Tensor | None = None
-    marginal_log_w: Tensor | None = None
-    marginal_rate: Tensor | None = None
+    marginal_weight: Tensor | None = None
+    marginal_source: Tensor | None = None
 
     def __post_init__(self) -> None:
         k, n = self.noise.shape[:2]

@@ -132,7 +132,8 @@ class NETS(TransportLoss):
         if self.objective == "pinn":
             return trajectory
         log_w, rho = self._along(self.transport_chain(trajectory.lam), trajectory)
-        return replace(trajectory, marginal_log_w=log_w, marginal_rate=rho)
+        weight, source = self._weighed(trajectory, log_w, rho)
+        return replace(trajectory, log_w=log_w[-1], marginal_weight=weight, marginal_source=source)
 
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples and supervised states of the squared residual; or the action."""
@@ -177,15 +178,8 @@ class NETS(TransportLoss):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1)
         trajectory = trajectory[trajectory.weight > 0]
-        log_w, rho = trajectory.marginal_log_w, trajectory.marginal_rate
-        assert log_w is not None and rho is not None
-        group = torch.zeros_like(trajectory.index) if trajectory.prompts is None else trajectory.index
-        group = group + len(trajectory.condition) * torch.arange(chain.steps)[:, None]
-        place = group.flatten().unique(return_inverse=True)[1].to(log_w.device)  # one place a prompt and time
-        w = treat_weights(log_w.flatten(), "self_normalised", group=place)
-        sums = w.new_zeros(int(place.max()) + 1).index_add(0, place, w * rho.flatten())
-        source = rho - (sums / place.bincount())[place].reshape(rho.shape)
-        w = w.reshape(rho.shape)
+        w, source = trajectory.marginal_weight, trajectory.marginal_source
+        assert w is not None and source is not None
         # The trapezoid rule on t_0 .. t_{K-1}, and what makes a draw of J of the K times unbiased.
         h = (chain.t[1:-1] - chain.t[:-2]).to(w)
         rule = (torch.cat([h, h.new_zeros(1)]) + torch.cat([h.new_zeros(1), h])) / 2 * (chain.steps / len(states))
@@ -193,7 +187,7 @@ class NETS(TransportLoss):
         for pairs in self.pairs(trajectory, states):
             k, n = pairs.k.to(w.device), pairs.n.to(w.device)
             total = total + (rule[k] * w[k, n] * self._actions(chain, pairs, source[k, n])).sum()
-        return total / good, self._figures(trajectory, log_w[-1])
+        return total / good, {}
 
     def _actions(self, chain: TransportChain, pairs: Pairs, source: Tensor) -> Tensor:
         """The action's terms, (P,)."""
@@ -224,6 +218,28 @@ class NETS(TransportLoss):
                 log_w.append(torch.stack([f.r + log_ratio for f, log_ratio in looks]))
                 rho.append(torch.stack([cast(Tensor, f.rate) + (f.v * f.grad_r).flatten(1).sum(1) for f, _ in looks]))
         return torch.cat(log_w, 1), torch.cat(rho, 1)
+
+    def _weighed(self, trajectory: Trajectory, log_w: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of mean 1 for each prompt and time, 0 for bad samples, and `rho - E_pi_t[rho]`: both (K, N).
+
+        A density has one pi_t for the samples of all processes.
+        """
+        mine, good, group = slice(0, len(trajectory)), trajectory.weight > 0, trajectory.index.to(log_w.device)
+        if trajectory.prompts is None:
+            gathered = cast(Tensor, self.all_gather(torch.cat([log_w, rho, good[None].to(rho)])))  # type: ignore[attr-defined]
+            everywhere = torch.cat(list(gathered.reshape(-1, 2 * len(rho) + 1, len(trajectory))), 1)
+            (log_w, rho), good = everywhere[:-1].chunk(2), everywhere[-1] > 0
+            first = self.trainer.global_rank * len(trajectory)
+            mine, group = slice(first, first + len(trajectory)), torch.zeros_like(good, dtype=torch.long)
+        places = group[good] + (int(group.max()) + 1) * torch.arange(len(rho), device=rho.device)[:, None]
+        place = places.flatten().unique(return_inverse=True)[1]
+        weight, source = torch.zeros_like(rho), torch.zeros_like(rho)
+        if bool(good.any()):
+            w = treat_weights(log_w[:, good].flatten(), "self_normalised", group=place)
+            of_rho = rho[:, good].flatten()
+            means = w.new_zeros(int(place.max()) + 1).index_add(0, place, w * of_rho) / place.bincount()
+            weight[:, good], source[:, good] = w.reshape(places.shape), (of_rho - means[place]).reshape(places.shape)
+        return weight[:, mine], source[:, mine]
 
     def _probes(self, pairs: Pairs, samples: int) -> Tensor:
         """Signs that belong to the pair and the update, (probes, P, *shape)."""
