@@ -247,7 +247,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 def test_the_base_is_asked_once_a_rollout_for_what_action_matching_averages() -> None:
-    """K base evaluations a sample for log weights and rates, K - 1 twice and 1 for the rollout; then the updates."""
+    """A rollout asks base and model K - 1 times and the base once, the average the base K times and the model once."""
 
     def forwards(updates: int) -> int:
         sampler = TrajectorySampler(steps=STEPS, samples_per_condition=1, rollout_every=updates)
@@ -259,4 +259,5 @@ def test_the_base_is_asked_once_a_rollout_for_what_action_matching_averages() ->
         return sampler.evaluations.forward
 
     one, two, three = forwards(1), forwards(2), forwards(3)
+    assert one == 6 * (2 * (STEPS - 1) + 1 + STEPS + 1 + STEPS)
     assert two - one == three - two == 6 * STEPS, "a further update of a rollout asks the potential alone"

@@ -71,7 +71,7 @@ class TransportLoss(Loss):
     def _check_fit(self, sampler: Sampler) -> None:
         if isinstance(self.process, Driftless):
             raise TypeError(
-                f"{type(self).__name__} starts in N(0, I), and {self.process!r} in a point: use another process"
+                f"{type(self).__name__} starts in Gaussian noise, and {self.process!r} in a point: use another process"
             )
         super()._check_fit(sampler)
         if not sampler.weighted:

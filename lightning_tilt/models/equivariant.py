@@ -76,6 +76,11 @@ class EquivariantTilt(TiltOfBase):
         eye = torch.eye(self.state_shape[0])
         self.register_buffer("signed", eye[i] - eye[j], persistent=False)
 
+    @property
+    def vector_dims(self) -> tuple[int, ...]:
+        """Those of a particle."""
+        return (-1,)
+
     def f(self, x: Tensor, t: Tensor) -> Tensor:
         """The network alone: states in units of `input_scale` (B, n, d), times (B,), to (B, n, d), in its own dtype."""
         dtype = self.last.weight.dtype

@@ -2,16 +2,19 @@
 
     move(x, t) = gate(t) soften( V_t grad r(x1_hat_base(x, t)) ),      soften(v) = v/sqrt(1 + |v|^2/(reach^2 V_t))
 
-A tilt moves x1_hat by V_t E*[lam grad r(X_1) | X_t = x], V_t = Var(X_1 | X_t) of the base, which near the data is
-V_t lam grad r(x1_hat): a network beside this move, times a learned function of the time, has only to learn the rest.
-Far from the data a steep reward has a gradient at x1_hat that says little of the one at X_1, and of any length; no tilt
-moves x1_hat by many standard deviations of what is still open, so longer moves are softened.  The limit is gone where
+with V_t = Var(X_1 | X_t) of a Gaussian base, beta^2 of another.  A tilt moves x1_hat by V_t E*[lam grad r(X_1) | X_t = x],
+which near the data is V_t lam grad r(x1_hat): a network beside this move, times a learned function of the time, has only
+to learn the rest.  Far from the data a steep reward has a gradient at x1_hat that says little of the one at X_1, and of
+any length, where no tilt moves a coordinate by many standard deviations of what is still open: longer moves are
+softened, |v| the length of what the network calls one vector (a sample, a particle, a site).  The limit is gone where
 V_t is.
 
 Samplers of unnormalised densities have used such a part since the path integral sampler (2111.15141, section 4; DDS,
 2302.13834, equation 20), there with the gradient at x.  It costs an energy evaluation a network call, which the
 counters of a run show as `reward` evaluations.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +37,8 @@ class Guide(nn.Module):
 
     Args:
         reward: whose gradient is followed: a density, or any other reward that is differentiable and needs no prompts.
-        reach: longest move, of a sample (d,) or of each particle (n, d), in standard deviations sqrt(V_t).
+        reach: longest move before the gate, in standard deviations sqrt(V_t).
+        dims: the dimensions of states (B, *shape) that make one vector; (): every number is on its own.
         frequencies: of the gate's features of the time.
         hidden: width of the gate's hidden layer.
 
@@ -43,7 +47,14 @@ class Guide(nn.Module):
         ValueError: if `reach` is not positive.
     """
 
-    def __init__(self, reward: Reward, reach: float = 3.0, frequencies: int = 6, hidden: int = 64) -> None:
+    def __init__(
+        self,
+        reward: Reward,
+        reach: float = 3.0,
+        dims: tuple[int, ...] = (-1,),
+        frequencies: int = 6,
+        hidden: int = 64,
+    ) -> None:
         super().__init__()
         if not reward.is_differentiable or reward.needs_prompts:
             raise TypeError(
@@ -54,6 +65,7 @@ class Guide(nn.Module):
             raise ValueError(f"guide_reach is a number of standard deviations and positive, not {reach}")
         self._reward = Frozen(reward)
         self.reach = reach
+        self.dims = dims
         self.frequencies = frequencies
         self.hidden = nn.Linear(1 + 2 * frequencies, hidden)
         self.last = nn.Linear(hidden, 1)
@@ -64,8 +76,8 @@ class Guide(nn.Module):
         """Tell a density which base it tilts."""
         self._reward.module.bind(predictor)
 
-    def forward(self, x1_hat: Tensor, t: Tensor, variance: Tensor) -> Tensor:
-        """The move of `x1_hat`, (B, *shape), in its dtype.
+    def forward(self, x1_hat: Tensor, t: Tensor, variance: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """The move of `x1_hat`, (B, *shape), in its dtype; the reward is asked in full precision.
 
         Where gradients are on and `x1_hat` has one, that of the move flows back through the reward's second derivative.
         Where the reward's gradient is not finite it counts as 0: two particles in one place are not pushed anywhere.
@@ -74,16 +86,22 @@ class Guide(nn.Module):
             x1_hat: what the base predicts, (B, *shape).
             t: times, (B,).
             variance: V_t, (B,), float64.
+            decode: what makes of end points what the reward is asked about.
         """
         graph = torch.is_grad_enabled() and x1_hat.requires_grad
-        with torch.inference_mode(False), torch.enable_grad():
+        device = x1_hat.device.type
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device, enabled=False):
             x = x1_hat if graph else x1_hat.detach().clone().requires_grad_()
-            score = self._reward.module.score(x, None).sum()
+            x = x if x.dtype == torch.float64 else x.float()
+            score = self._reward.module.score(decode(x), None).sum()
             (gradient,) = torch.autograd.grad(score, x, create_graph=graph)
-        variance = expand(variance, x1_hat)
-        v = variance * torch.where(gradient.isfinite(), gradient, 0.0)
-        v = v / (1 + v.square().sum(-1, keepdim=True) / (self.reach**2 * variance).clamp(min=1e-30)).sqrt()
+            variance = expand(variance, x)
+            # squares of more than 1e18 are not float32's
+            v = variance * torch.where(gradient.isfinite(), gradient, 0.0).clamp(-1e18, 1e18)
+            square = v.square().sum(self.dims, keepdim=True) if self.dims else v.square()
+            v = v / (1 + square / (self.reach**2 * variance).clamp(min=1e-30)).sqrt()
+        v = v if graph else v.detach()
         features = time_features(t, self.frequencies).to(self.last.weight)
-        gate = self.last(nn.functional.silu(self.hidden(features))).to(x1_hat)
+        gate = self.last(nn.functional.silu(self.hidden(features))).to(v)
         move: Tensor = v * gate.reshape(-1, *(1,) * (v.ndim - 1))
-        return move
+        return move.to(x1_hat.dtype)

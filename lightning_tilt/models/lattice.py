@@ -69,6 +69,11 @@ class LatticeTilt(TiltOfBase):
         assert self.last.bias is not None
         nn.init.zeros_(self.last.bias)
 
+    @property
+    def vector_dims(self) -> tuple[int, ...]:
+        """None: every site is on its own."""
+        return ()
+
     def f(self, x: Tensor, t: Tensor) -> Tensor:
         """The network alone: states in units of `input_scale` (B, *shape), times (B,), to (B, *shape), in its dtype."""
         h = x.to(self.last.weight.dtype)[:, None]

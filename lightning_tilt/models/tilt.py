@@ -37,7 +37,8 @@ class TiltOfBase(Predictor):
         base: the model to tune; any prediction type.  It is frozen and held once, outside the checkpoint.
         input_scale: the unit of length of the states: `f` is given states that were divided by it.
         guide: the reward whose gradient at the base's prediction helps; None: none does.
-        guide_reach: the longest move that the guide asks for, in standard deviations of what the base leaves open.
+        guide_reach: the longest move that the guide asks for, before its gate, in standard deviations of what the base
+            leaves open: of a sample; of a particle or a site in networks for those.
 
     Raises:
         ValueError: if `input_scale` or `guide_reach` is not positive.
@@ -45,7 +46,6 @@ class TiltOfBase(Predictor):
     """
 
     backward_cost = 2
-
     def __init__(
         self,
         base: Predictor,
@@ -61,10 +61,16 @@ class TiltOfBase(Predictor):
         self.prediction_type = "sample"
         self.state_shape = base.state_shape
         self.input_scale = input_scale
-        self.guide = None if guide is None else Guide(guide, guide_reach)
+        self.guide = None if guide is None else Guide(guide, guide_reach, self.vector_dims)
+        self.reward_cost = base.reward_cost
         if self.guide is not None:
             self.guide.bind(self)
-            self.reward_cost = 1
+            self.reward_cost += 1
+
+    @property
+    def vector_dims(self) -> tuple[int, ...]:
+        """The dimensions of states (B, *shape) that make one vector, whose length the guide softens: all of a sample's."""
+        return tuple(range(1, 1 + len(self.state_shape)))
 
     @abstractmethod
     def f(self, x: Tensor, t: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ class TiltOfBase(Predictor):
         f = self.f(x / self.input_scale, t).to(x.dtype)
         move = expand(self.gain(t), x) * f
         if self.guide is not None:
-            move = move + self.guide(x1_hat, t, self.variance(t))
+            move = move + self.guide(x1_hat, t, self.variance(t), base.decode)
         return x1_hat + self.project(move)
 
     @contextmanager

@@ -109,6 +109,7 @@ class TransportChain(Chain):
             rate: bring d_t r_t too.
             create_graph: let gradients flow back to x.
         """
+        self.evaluations.reward += len(x)
         with predictor.base() as base:
 
             def predict(x: Tensor, t: Tensor, condition: Condition) -> Prediction:
@@ -221,6 +222,7 @@ class TransportChain(Chain):
         """`x -> r_t(x)`; the base is asked where the path goes through its prediction."""
 
         def value(x: Tensor) -> Tensor:
+            self.evaluations.reward += len(x)
             x1_hat = x
             if self.path.kind == "x1_hat":
                 with predictor.base() as base:
