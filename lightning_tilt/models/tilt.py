@@ -46,6 +46,7 @@ class TiltOfBase(Predictor):
     """
 
     backward_cost = 2
+
     def __init__(
         self,
         base: Predictor,

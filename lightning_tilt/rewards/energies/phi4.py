@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_tilt.rewards.density import Density
-from lightning_tilt.rewards.energies.mala import integrated_autocorrelation, mala, tuned_step_size
+from lightning_tilt.rewards.energies.mala import integrated_autocorrelation, mala, relaxed, tuned_step_size
 
 __all__ = ["Phi4", "free_log_z", "phi4_action"]
 
@@ -88,6 +88,7 @@ class Phi4(Density):
         """
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(max(n, _CHAINS), *self.state_shape, generator=generator) / 2
+        x = relaxed(self.energy, x, 20, 0.02, 1.0)  # of thousands of fields one starts where no proposal is accepted
         x, h = tuned_step_size(self.energy, x, 0.02, generator)
         run = mala(self.energy, x, _STEPS, h, generator)
         if 10 * integrated_autocorrelation(run.energies[_STEPS // 2 :]) > _STEPS:
