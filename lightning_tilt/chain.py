@@ -1,6 +1,6 @@
 """The Gaussian chain that a predictor makes on a grid: who is asked what, how often, and what comes of it.
 
-    X_0 ~ N(0, S^2 I),    X_{k+1} | X_k ~ N( m_k(X_k), std_k^2 I ),    k = 0, ..., K - 1        S = 1, but for wide noise
+    X_0 ~ N(0, S^2 I),    X_{k+1} | X_k ~ N( m_k(X_k), std_k^2 I ),    k = 0, ..., K - 1       S: scale of the noise
 
 The mean m_k comes from the predictor's output at (X_k, t_k), guided or not:
 

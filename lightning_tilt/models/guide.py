@@ -2,10 +2,10 @@
 
     move(x, t) = gate(t) soften( V_t grad r(x1_hat_base(x, t)) ),      soften(v) = v/sqrt(1 + |v|^2/(reach^2 V_t))
 
-with V_t = Var(X_1 | X_t) of a Gaussian base, beta^2 of another.  A tilt moves x1_hat by V_t E*[lam grad r(X_1) | X_t = x],
-which near the data is V_t lam grad r(x1_hat): a network beside this move, times a learned function of the time, has only
-to learn the rest.  Far from the data a steep reward has a gradient at x1_hat that says little of the one at X_1, and of
-any length, where no tilt moves a coordinate by many standard deviations of what is still open: longer moves are
+with V_t = Var(X_1 | X_t) of a Gaussian base, beta^2 of another.  A tilt moves x1_hat by V_t E*[lam grad r(X_1) | X_t],
+which near the data is V_t lam grad r(x1_hat): a network beside this move, times a learned function of the time, has
+only to learn the rest.  Far from the data a steep reward has a gradient at x1_hat that says little of the one at X_1,
+and of any length, where no tilt moves a coordinate by many standard deviations of what is still open: longer moves are
 softened, |v| the length of what the network calls one vector (a sample, a particle, a site).  The limit is gone where
 V_t is.
 

@@ -70,7 +70,7 @@ class TiltOfBase(Predictor):
 
     @property
     def vector_dims(self) -> tuple[int, ...]:
-        """The dimensions of states (B, *shape) that make one vector, whose length the guide softens: all of a sample's."""
+        """The dimensions of states (B, *shape) that make one vector, whose length the guide softens."""
         return tuple(range(1, 1 + len(self.state_shape)))
 
     @abstractmethod
