@@ -15,7 +15,10 @@ MISSPELT = [
     (["--data.sample", "3"], "--data: DrawsDataModule does not take 'sample'; did you mean samples"),
     (["--model.lamb", "3"], "--model: AdjointMatchingTask does not take 'lamb'; did you mean lam?"),
     (["--model.reward.AA", "3"], "--model.reward: QuadraticReward does not take 'AA'; did you mean A?"),
-    (["--model.predictor.hiden", "3"], "--model.predictor: NeuralTilt does not take 'hiden'; did you mean hidden?"),
+    (
+        ["--model.predictor.hiden", "3"],
+        "--model.predictor: NeuralTilt does not take 'hiden'; did you mean hidden or guide?",
+    ),
     ([f"--{BASE}.weight", "3"], f"--{BASE}: GaussianMixturePredictor does not take 'weight'; did you mean weights?"),
     (["--model.optimizer.lrr", "3"], "--model.optimizer: Adam does not take 'lrr'; did you mean lr?"),
     (["--model", "AdjointMatchinTask"], "--model: no class is called 'AdjointMatchinTask'; did you mean AdjointM"),

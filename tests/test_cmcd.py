@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused() -> None:
             update(prompted(), batches, sampler, **loss)
     point = mixed()
     point.process = Driftless(0.1, 1.0)
-    with pytest.raises(TypeError, match="starts in N"):
+    with pytest.raises(TypeError, match="starts in Gaussian noise"):
         update(point, DENSITY)
 
 

@@ -9,10 +9,11 @@ F_t = log Z_t; only its rate enters, and that is what is learned.  (2410.02711; 
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.identities import treat_weights
 from lightning_tilt.models.guide import time_features
 from lightning_tilt.transport import Fields
 
-__all__ = ["FreeEnergy", "action_terms", "residual"]
+__all__ = ["FreeEnergy", "action_terms", "marginal_weights", "residual"]
 
 _FREQUENCIES = 4
 
@@ -40,6 +41,27 @@ def action_terms(grad_phi: Tensor, phi: Tensor, source: Tensor) -> Tensor:
         source: `rho - E_pi_t[rho]`, `rho = d_t r_t + v.grad r_t`, (P,).
     """
     return (grad_phi**2).flatten(1).sum(1) / 2 - source * phi
+
+
+def marginal_weights(log_w: Tensor, rho: Tensor, good: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of mean 1 for each group and time, 0 for bad samples, and `rho - E_pi_t[rho]`: both (K, N).
+
+    Args:
+        log_w: log weights of the states for pi_{t_k}, (K, N).
+        rho: `d_t r_t + v.grad r_t` there, (K, N).
+        good: whether a sample counts, (N,).
+        group: the number of its prompt, (N,).
+    """
+    weight, source = torch.zeros_like(rho), torch.zeros_like(rho)
+    if not bool(good.any()):
+        return weight, source
+    places = group[good] + (int(group.max()) + 1) * torch.arange(len(rho), device=rho.device)[:, None]
+    place = places.flatten().unique(return_inverse=True)[1]
+    w = treat_weights(log_w[:, good].flatten(), "self_normalised", group=place)
+    of_rho = rho[:, good].flatten()
+    means = w.new_zeros(int(place.max()) + 1).index_add(0, place, w * of_rho) / place.bincount()
+    weight[:, good], source[:, good] = w.reshape(places.shape), (of_rho - means[place]).reshape(places.shape)
+    return weight, source
 
 
 class FreeEnergy(nn.Module):

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tilt.chain import Chain, evaluating, slices
-from lightning_tilt.identities import treat_weights, value_and_divergence
+from lightning_tilt.identities import value_and_divergence
 from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.interfaces.sampler import Sampler
-from lightning_tilt.losses.continuity import FreeEnergy, action_terms, residual
+from lightning_tilt.losses.continuity import FreeEnergy, action_terms, marginal_weights, residual
 from lightning_tilt.losses.pair_controls import Pairs
 from lightning_tilt.losses.transport import TransportLoss
 from lightning_tilt.models.transport import PotentialTransport
@@ -232,14 +232,7 @@ class NETS(TransportLoss):
             (log_w, rho), good = everywhere[:-1].chunk(2), everywhere[-1] > 0
             first = self.trainer.global_rank * len(trajectory)
             mine, group = slice(first, first + len(trajectory)), torch.zeros_like(good, dtype=torch.long)
-        places = group[good] + (int(group.max()) + 1) * torch.arange(len(rho), device=rho.device)[:, None]
-        place = places.flatten().unique(return_inverse=True)[1]
-        weight, source = torch.zeros_like(rho), torch.zeros_like(rho)
-        if bool(good.any()):
-            w = treat_weights(log_w[:, good].flatten(), "self_normalised", group=place)
-            of_rho = rho[:, good].flatten()
-            means = w.new_zeros(int(place.max()) + 1).index_add(0, place, w * of_rho) / place.bincount()
-            weight[:, good], source[:, good] = w.reshape(places.shape), (of_rho - means[place]).reshape(places.shape)
+        weight, source = marginal_weights(log_w, rho, good, group)
         return weight[:, mine], source[:, mine]
 
     def _probes(self, pairs: Pairs, samples: int) -> Tensor:
