@@ -93,8 +93,8 @@ class Cosine(Process):
         return self.noise_scale * torch.sin(math.pi / 2 * (1 - t))
 
     def d_alpha(self, t: Tensor) -> Tensor:
-        """`pi/2 cos(pi t/2)`."""
-        return math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
+        """`pi/2 beta/S`."""
+        return math.pi / 2 / self.noise_scale * self.beta(t)
 
     def d_beta(self, t: Tensor) -> Tensor:
         """`-S pi/2 alpha`."""
