@@ -78,6 +78,18 @@ class Predictor(nn.Module, ABC):
         """The parameters that training moves, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """What a sharding strategy cuts: modules that are called by their `forward`, on all processes in step.
+
+        A large network is one of them, and so is its frozen copy; here, for small ones, all modules that own parameters.
+        A parameter of the predictor itself stays whole.
+        """
+        return [part for part in self.modules() if part is not self and any(True for _ in part.parameters(False))]
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass of the network."""
+        raise ValueError(f"{type(self).__name__} cannot recompute activations: take the strategy without _checkpoint")
+
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters alone: the base is never written to a checkpoint."""
         prefix = kwargs.get("prefix", args[1] if len(args) > 1 else "")

@@ -175,6 +175,15 @@ class LatentDiffusion(ExportablePredictor):
             images: Tensor = vae.decode(z, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1).to(x.dtype)
 
+    def sharded_networks(self) -> list[nn.Module]:
+        """The denoiser, and its frozen copy under full fine-tuning; VAE and text encoders stay whole."""
+        return [self.network] if self._adapted else [self.network, self.untuned.module]
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the activations of each of the denoiser's blocks in the backward pass."""
+        for network in self.sharded_networks():
+            network.enable_gradient_checkpointing(_recompute)  # type: ignore[operator]
+
     def save(self, folder: str | Path) -> None:
         """Write what was trained, for users of diffusers alone.
 
