@@ -20,7 +20,7 @@ from lightning_tilt.models import GaussianMixturePredictor, NeuralTilt, StableDi
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.shards import whole
 
-PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg", "hhhhhhhh"]
+PROMPTS = ["a", "bb", "ccc", "dddd", "e", "ff", "ggg", "hhhh"]
 
 
 def free_port() -> int:
@@ -98,7 +98,7 @@ def fitted(
     """Fit for some updates, with EMA and a checkpoint; what was seen is saved in `folder/name{rank}.pt`."""
     task = getattr(lightning_tilt.tasks, loss)(
         predictor=predictor(model, folders), reward=SumReward(), lam=2.0, **(settings or {}),
-        optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.1)),
+        optimizer=optimizer or (lambda p: torch.optim.SGD(p, lr=0.003)),
     )  # fmt: skip
     seen, average = Gradients(folder / f"{name}.ckpt", steps), ExponentialMovingAverage(0.5)
     rolls = TrajectorySampler(**({"steps": 4, "samples_per_condition": 3, "seed": 1} | (sampler or {})))

@@ -247,8 +247,10 @@ class Loss(ABC):
         self._good_samples = 0.0
 
     def log_train(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
-        """Log a mean over the ranks as `train/<name>`; of a name that ends in `_max` the largest."""
-        value, how = value.detach().to(self.device), "max" if name.endswith("_max") else "mean"  # type: ignore[attr-defined]
+        """Log a mean over the ranks as `train/<name>`; of a name in `_max` the largest, of evaluations the sum."""
+        counted = name.startswith("evaluations/") and not name.endswith("_per_pair")
+        how = "max" if name.endswith("_max") else "sum" if counted else "mean"
+        value = value.detach().to(self.device)  # type: ignore[attr-defined]
         self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx=how, batch_size=1)  # type: ignore[attr-defined]
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
