@@ -15,7 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ..interfaces import Predictor
-from ..shards import dealt, whole, wholes
+from ..shards import dealt, need_whole, whole, wholes
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -59,6 +59,7 @@ class ExponentialMovingAverage(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average starts at the parameters, unless a checkpoint brought one."""
+        need_whole(trainer, "ExponentialMovingAverage")
         trained = _predictor(pl_module).trained_parameters()
         start = {n: p.detach().to(_dtype(p), copy=True) for n, p in trained.items()}
         self._check(trained)

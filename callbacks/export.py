@@ -7,6 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..interfaces import ExportablePredictor
 from ..run_folder import set_aside
+from ..shards import need_whole
 from ..strategies import whole_weights
 
 __all__ = ["ExportWeights"]
@@ -25,6 +26,7 @@ class ExportWeights(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before anything is computed, a predictor that has no format of its own."""
+        need_whole(trainer, "ExportWeights")
         if not isinstance(pl_module.predictor, ExportablePredictor):
             raise TypeError(
                 f"ExportWeights: {type(pl_module.predictor).__name__} has no save(folder); remove the callback: the "

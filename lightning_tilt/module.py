@@ -15,7 +15,7 @@ from lightning_tilt.chain import slices
 from lightning_tilt.interfaces import Loss, Predictor, Reward, find_sampler
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
-from lightning_tilt.shards import clip_gradients
+from lightning_tilt.shards import clip_gradients, in_pieces
 from lightning_tilt.strategies import shard
 from lightning_tilt.trajectory import Trajectory
 
@@ -61,7 +61,7 @@ class TiltModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the norm of all gradients together, whether sharded or not; otherwise as Lightning does."""
-        if gradient_clip_val and gradient_clip_algorithm != "value":
+        if gradient_clip_val and gradient_clip_algorithm != "value" and not in_pieces(self.trainer):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             clip_gradients([p.grad for p in parameters if p.grad is not None], gradient_clip_val)
         else:

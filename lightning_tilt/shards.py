@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 
-__all__ = ["clip_gradients", "dealt", "is_sharded", "total_norm", "whole", "wholes"]
+__all__ = ["clip_gradients", "dealt", "in_pieces", "is_sharded", "need_whole", "total_norm", "whole", "wholes"]
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -27,6 +29,21 @@ def is_sharded(tensor: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(tensor, DTensor)
+
+
+def in_pieces(trainer: Trainer) -> bool:
+    """Whether parameters are flat pieces without a name or shape: the classic FSDP's."""
+    return isinstance(trainer.strategy, FSDPStrategy)
+
+
+def need_whole(trainer: Trainer, who: str) -> None:
+    """Refuse the classic FSDP for somebody who needs whole parameters, or FSDP2's.
+
+    Raises:
+        TypeError: naming them.
+    """
+    if in_pieces(trainer):
+        raise TypeError(f"{who} needs whole parameters, which the classic fsdp has only in flat pieces: use fsdp2")
 
 
 def whole(value: Any) -> Any:

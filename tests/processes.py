@@ -107,7 +107,7 @@ def fitted(
         list(prompts), batch_size=batch
     )  # fmt: skip
     run = trainer([rolls, average, seen, *kwargs.pop("callbacks", [])], max_steps=steps, **kwargs)
-    run.fit(task, datamodule=data, ckpt_path=ckpt)
+    run.fit(task, datamodule=data, ckpt_path=ckpt, weights_only=True)
     record = {
         "gradients": seen.found, "end": seen.end, "prompts": seen.prompts, "figures": seen.figures,
         "weights": {n: whole(p.detach()).clone() for n, p in task.named_parameters() if p.requires_grad},

@@ -49,7 +49,10 @@ def prompt_groups(host: Any, trajectory: Trajectory) -> tuple[Tensor, slice]:
         Numbers 0 .. G - 1, (n_all,), and where this process's samples are among them.
     """
     prompts, device = trajectory.prompts, trajectory.reward.device
-    number = {p: int.from_bytes(sha256(p.encode(errors="surrogatepass")).digest()[:7], "big") for p in dict.fromkeys(prompts or [])}
+    number = {
+        p: int.from_bytes(sha256(p.encode(errors="surrogatepass")).digest()[:7], "big")
+        for p in dict.fromkeys(prompts or [])
+    }
     keys = [0] * len(trajectory) if prompts is None else [number[p] for p in prompts]
     everywhere, mine = together(host, torch.tensor(keys, dtype=torch.long, device=device))
     return cast(Tensor, everywhere.unique(return_inverse=True)[1]), mine

@@ -23,7 +23,7 @@ from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 from lightning_tilt.process import Process
-from lightning_tilt.shards import total_norm
+from lightning_tilt.shards import in_pieces, total_norm
 from lightning_tilt.trajectory import Trajectory
 from lightning_tilt.transition import ExactGaussian, Transition
 
@@ -240,7 +240,7 @@ class Loss(ABC):
         """Log the gradient's norm before clipping; without one good sample since the last update there is no update."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
+        if gradients and not in_pieces(self.trainer):
             self.log_train("gradient_norm", total_norm(gradients))
         if self._good_samples == 0:
             optimizer.zero_grad(set_to_none=True)  # a gradient of None moves nothing, not even by momentum or decay

@@ -38,7 +38,7 @@ from lightning_tilt.losses.end_points import EndPointRegression, NoisedEnds
 from lightning_tilt.losses.reinforce_adjoint_matching import reinforce_target
 from lightning_tilt.losses.reward_groups import RewardGroups
 from lightning_tilt.losses.times import TimeWeight
-from lightning_tilt.shards import dealt, wholes
+from lightning_tilt.shards import dealt, need_whole, wholes
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["TiltMatching", "TiltVariant", "holding", "tilt_weights"]
@@ -138,6 +138,7 @@ class TiltMatching(EndPointRegression):
         if stage != "fit":
             return
         name, sampler = type(self).__name__, self.sampler
+        need_whole(self.trainer, name)
         if self.path_weights != "none":
             raise ValueError(f"{name}: path weights belong to lam, and a level is below it: path_weights: none")
         if sampler.buffer_size > 1:

@@ -21,15 +21,42 @@ cast on entry: timesteps stay exact.  States, adjoints, rewards and the loss are
 others'.  A user's own host calls `shard(self)` in `configure_model`.
 """
 
+from difflib import get_close_matches
 from typing import get_args
 
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_tilt.strategies.blocks import BLOCKS, Family, blocks_of
+from lightning_tilt.strategies.fsdp import BlockFSDPStrategy, wrap_policy
 from lightning_tilt.strategies.fsdp2 import FSDP2Strategy
 from lightning_tilt.strategies.hosts import shard, whole_weights
 
-__all__ = ["BLOCKS", "FSDP2Strategy", "Family", "blocks_of", "shard", "whole_weights"]
+__all__ = [
+    "BLOCKS",
+    "BlockFSDPStrategy",
+    "FSDP2Strategy",
+    "Family",
+    "blocks_of",
+    "check_name",
+    "shard",
+    "whole_weights",
+    "wrap_policy",
+]
+
+
+def check_name(strategy: object) -> None:
+    """Refuse a name that no strategy has; Lightning's "auto", and whatever is no name, pass.
+
+    Raises:
+        ValueError: with the nearest names.
+    """
+    known = ["auto", *StrategyRegistry.available_strategies()]
+    if isinstance(strategy, str) and strategy.lower() not in known:
+        near = get_close_matches(strategy.lower(), known, n=3)
+        raise ValueError(
+            f"trainer.strategy: there is no {strategy!r}; {'did you mean ' if near else 'known are '}"
+            f"{' or '.join(near) if near else ', '.join(sorted(known))}?"
+        )
 
 
 def _register() -> None:
@@ -42,6 +69,8 @@ def _register() -> None:
         ):
             full = f"fsdp2{'' if family == 'any' else '_' + family}{name}"
             StrategyRegistry.register(full, FSDP2Strategy, override=True, family=family, **options)
+    for family in BLOCKS:
+        StrategyRegistry.register(f"fsdp_{family}", BlockFSDPStrategy, override=True, family=family)
 
 
 _register()

@@ -5,6 +5,7 @@ they are freed; a gradient is summed and dealt out again.  `predict` calls the n
 sweeps and losses gather alike, inside of `training_step` and outside of it.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -94,6 +95,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Shard the predictor's networks, once."""
         from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+        # SD 3's transformer returns a view, which nothing here changes in place.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         half = str(self.precision_plugin.precision) == "bf16-mixed"
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,

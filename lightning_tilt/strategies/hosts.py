@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from lightning import LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lightning_tilt.interfaces import Predictor
 from lightning_tilt.shards import is_sharded, whole
+from lightning_tilt.strategies.fsdp import BlockFSDPStrategy
 from lightning_tilt.strategies.fsdp2 import FSDP2Strategy
 
 __all__ = ["shard", "whole_weights"]
@@ -24,15 +25,18 @@ def shard(host: LightningModule) -> None:
         host: a LightningModule with a `predictor`.
 
     Raises:
-        TypeError: for Lightning's own ModelParallelStrategy, which has no recipe.
+        TypeError: for Lightning's own sharding strategies, which have no recipe.
     """
     trainer = host._trainer
     strategy = None if trainer is None else trainer.strategy
-    if isinstance(strategy, FSDP2Strategy):
+    if isinstance(strategy, FSDP2Strategy | BlockFSDPStrategy):
         assert isinstance(host.predictor, Predictor)
         strategy.shard_predictor(host.predictor)
-    elif isinstance(strategy, ModelParallelStrategy):
-        raise TypeError("trainer.strategy: Lightning's ModelParallelStrategy says not what to shard: use fsdp2")
+    elif isinstance(strategy, ModelParallelStrategy | FSDPStrategy):
+        raise TypeError(
+            f"trainer.strategy: Lightning's {type(strategy).__name__} does not know what to shard of a predictor: use "
+            "fsdp2, fsdp2_sd15, fsdp2_sd3, or the classic fsdp_sd15, fsdp_sd3"
+        )
 
 
 @contextmanager
