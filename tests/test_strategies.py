@@ -75,7 +75,8 @@ def test_every_name_is_registered() -> None:
 
 
 def test_names_are_known_as_soon_as_the_package_is() -> None:
-    program = "import lightning, lightning_tilt\nfrom lightning.pytorch.strategies import StrategyRegistry as r\nassert 'fsdp2_sd3' in r"
+    program = "import lightning, lightning_tilt\n"
+    program += "from lightning.pytorch.strategies import StrategyRegistry as r\nassert 'fsdp2_sd3' in r"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
@@ -95,7 +96,7 @@ def test_blocks_are_those_of_the_real_networks(family: Any) -> None:
                 attention_head_dim=64,
                 caption_projection_dim=1536,
                 pos_embed_max_size=192,
-            )  # fmt: skip
+            )
         )
     blocks = blocks_of(network, family)
     assert len(blocks) == {"sd15": 9, "sd3": 24}[family]
@@ -118,7 +119,7 @@ def test_adapters_of_another_dtype_are_wrapped_by_themselves(load: Any) -> None:
 def test_another_family_is_named(load: Any) -> None:
     with pytest.raises(ValueError, match=r"fsdp2_sd3 gathers JointTransformerBlock, .* none of them: take fsdp2_sd15"):
         blocks_of(load("sd15").network, "sd3")
-    with pytest.raises(ValueError, match="take fsdp2$"):
+    with pytest.raises(ValueError, match=r"take fsdp2$"):
         blocks_of(nn.Linear(2, 2), "sd15")
     with pytest.raises(ValueError, match="family is one of any, sd15, sd3, not 'sd4'"):
         FSDP2Strategy("sd4")  # type: ignore[arg-type]
@@ -165,7 +166,8 @@ def test_half_precision_is_that_of_blocks_alone(load: Any, alone: None) -> None:
     )
     fit(host, strategy="fsdp2_sd3", precision="bf16-mixed")
     handle.remove()
-    assert set(asked) == {(torch.float32, torch.float32)}
+    assert {state for _, state in asked} == {torch.float32}
+    assert {t for t, _ in asked} <= {torch.float32, torch.float64}
     inner = []
     block = host.predictor.network.transformer_blocks[0].attn.to_q.base_layer
     block.register_forward_hook(lambda m, args, out: inner.append((m.weight.dtype, out.dtype)))
@@ -206,7 +208,7 @@ def test_what_cannot_be_is_refused(alone: None, load: Any) -> None:
     small = PromptedNet(RectifiedFlow())
     with pytest.raises(ValueError, match=r"trainer.precision: bf16-true does not: use 32-true or bf16-mixed"):
         fit(task(small), strategy="fsdp2", precision="bf16-true")
-    with pytest.raises(TypeError, match=r"nothing of Bare is sharded: .* shard\(self\) in configure_model"):
+    with pytest.raises(TypeError, match=r"nothing of Bare is sharded: .*shard\(self\) in configure_model"):
         fit(Bare(small, SumReward()), strategy="fsdp2")
     with pytest.raises(ValueError, match="PromptedNet cannot recompute activations: take the strategy without"):
         fit(task(small), strategy="fsdp2_checkpoint")

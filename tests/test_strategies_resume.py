@@ -96,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sd15_folder: Path) -> Itera
      "sd15_lora_fsdp2_fsdp2", "sd15_full_one_fsdp2", "sd15_full_fsdp2_one"],
 )  # fmt: skip
 def test_each_goes_on_with_the_checkpoint_of_another(way: str, folder: Path) -> None:
-    """Named `model_who left it_who went on`: parameters and average end where one device ends that goes on with its own.
+    """Named `model_who left it_who went on`: they end where one device ends that goes on with its own.
 
     At the end of an epoch, where the place in the data does not depend on the number of processes.
     """

@@ -64,10 +64,10 @@ def sample_rows(host: Any, trajectory: Trajectory) -> Tensor:
     Those of one rollout are told by their global numbers, and so get the same row on any number of processes; samples
     that were drawn from a buffer of several by their place.
     """
-    n, world = len(trajectory), host.trainer.world_size
+    n, world = len(trajectory), int(host.trainer.world_size)
     if host.sampler.replay_samples is None:
         return trajectory.sample.cpu()
-    return torch.arange(n) * world + host.trainer.global_rank
+    return torch.arange(n) * world + int(host.trainer.global_rank)
 
 
 def update_size(host: Any, trajectory: Trajectory) -> str:

@@ -83,8 +83,8 @@ class Predictor(nn.Module, ABC):
     def sharded_networks(self) -> list[nn.Module]:
         """What a sharding strategy cuts: modules that are called by their `forward`, on all processes in step.
 
-        A large network is one of them, and so is its frozen copy; here, for small ones, all modules that own parameters.
-        A parameter of the predictor itself stays whole.
+        A large network is one of them, and so is its frozen copy; here, for small ones, all modules with parameters of
+        their own.  A parameter of the predictor itself stays whole.
         """
         return [part for part in self.modules() if part is not self and any(True for _ in part.parameters(False))]
 

@@ -1,7 +1,8 @@
 """Path weights for the losses that can use them: `log w = lam r - log dP_theta/dP_base`, of mean 1 over a rollout.
 
 What may be done to them, and the bias of each, is said in `identities.treatment`.  Each prompt has a Z of its own, so
-weights are normalised prompt by prompt, and all prompts keep equal mass; a density has one Z.  Groups span the processes.  Under gradient accumulation every batch is normalised in itself.
+weights are normalised prompt by prompt, and all prompts keep equal mass; a density has one Z.  Groups span
+the processes.  Under gradient accumulation every batch is normalised in itself.
 """
 
 from dataclasses import replace

@@ -13,8 +13,8 @@ processes in step.  With LoRA the base is the same network, adapters off, and no
 and rewards are copies of every process: a prompt whose embedding one process remembers is not encoded there, and a
 sharded encoder would wait for it forever.
 
-**Precision.**  Parameters, gradients' sums, the optimiser and its averages are float32 (frozen weights of a LoRA stay in
-the predictor's `dtype`).  With `precision: bf16-mixed` blocks are gathered, and compute, in bfloat16.  Inputs are not
+**Precision.**  Parameters, gradients' sums, the optimiser and its averages are float32 (frozen weights of a LoRA stay
+in the predictor's `dtype`).  With `precision: bf16-mixed` blocks are gathered, and compute, in bfloat16.  Inputs are not
 cast on entry: timesteps stay exact.  States, adjoints, rewards and the loss are float32 on every strategy.
 
 **Checkpoints** are single files of whole tensors, the very ones that ddp and a single device write: each loads the
@@ -22,7 +22,7 @@ others'.  A user's own host calls `shard(self)` in `configure_model`.
 """
 
 from difflib import get_close_matches
-from typing import get_args
+from typing import Any, get_args
 
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -60,15 +60,16 @@ def check_name(strategy: object) -> None:
 
 
 def _register() -> None:
+    suffixes: dict[str, dict[str, Any]] = {
+        "": {},
+        "_checkpoint": {"activation_checkpointing": True},
+        "_offload": {"cpu_offload": True},
+        "_offload_checkpoint": {"cpu_offload": True, "activation_checkpointing": True},
+    }
     for family in get_args(Family):
-        for name, options in (
-            ("", {}),
-            ("_checkpoint", {"activation_checkpointing": True}),
-            ("_offload", {"cpu_offload": True}),
-            ("_offload_checkpoint", {"cpu_offload": True, "activation_checkpointing": True}),
-        ):
-            full = f"fsdp2{'' if family == 'any' else '_' + family}{name}"
-            StrategyRegistry.register(full, FSDP2Strategy, override=True, family=family, **options)
+        for suffix, options in suffixes.items():
+            name = f"fsdp2{'' if family == 'any' else '_' + family}{suffix}"
+            StrategyRegistry.register(name, FSDP2Strategy, override=True, family=family, **options)
     for family in BLOCKS:
         StrategyRegistry.register(f"fsdp_{family}", BlockFSDPStrategy, override=True, family=family)
 

@@ -1,8 +1,8 @@
 """The classic FSDP with the same blocks, for GPUs and those who need it; FSDP2 does all of this, and more.
 
 Lightning would wrap the whole LightningModule, and a rollout calls the network before `training_step` does: the network
-itself is the root here, and its blocks are wrapped inside of it.  A flat parameter has one dtype, so adapters in float32
-beside a network in bfloat16 are wrapped by themselves.
+itself is the root here, and its blocks are wrapped inside of it.  A flat parameter has one dtype, so adapters in
+float32 beside a network in bfloat16 are wrapped by themselves.
 
 Every process sees flat pieces of parameters: what needs whole ones (`ExponentialMovingAverage`, `ExportWeights`, Tilt
 Matching's copy, clipping by norm) is refused, and the gradient's norm is not logged.

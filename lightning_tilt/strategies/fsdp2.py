@@ -7,7 +7,7 @@ sweeps and losses gather alike, inside of `training_step` and outside of it.
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -164,7 +164,10 @@ class FSDP2Strategy(ModelParallelStrategy):
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The optimiser's state as a single device would have it."""
         state = ParallelStrategy.optimizer_state(self, optimizer)
-        return {**state, "state": {i: wholes(s, keep=self.is_global_zero) for i, s in state["state"].items()}}
+        return {
+            **state,
+            "state": {i: wholes(s, keep=self.is_global_zero) for i, s in cast(Any, state["state"]).items()},
+        }
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Read the file, as every other strategy does."""
