@@ -70,7 +70,7 @@ def everything(rank: int, folder: Path, folders: dict[str, Path]) -> None:
         leave(folder, folders, "fsdp2", model)
         resume(folder, folders, "fsdp2", "one", model)
         finish(folder, folders, "fsdp2", model)
-    leave(folder, folders, "ddp", "sd15_lora")
+        leave(folder, folders, "ddp", model)
     resume(folder, folders, "ddp", "fsdp2", "sd15_lora")
     resume(folder, folders, "fsdp2", "ddp", "sd15_lora")
     resume(folder, folders, "ddp", "one", "sd15_lora")
@@ -87,6 +87,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sd15_folder: Path) -> Itera
     in_two(everything, folder, folders)
     for model in ("sd15_lora", "sd15_full"):
         resume(folder, folders, "one", "fsdp2", model)
+        resume(folder, folders, "one", "ddp", model)
     yield folder
 
 
@@ -96,13 +97,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, sd15_folder: Path) -> Itera
      "sd15_lora_fsdp2_fsdp2", "sd15_full_one_fsdp2", "sd15_full_fsdp2_one"],
 )  # fmt: skip
 def test_each_goes_on_with_the_checkpoint_of_another(way: str, folder: Path) -> None:
-    """Named `model_who left it_who went on`: they end where one device ends that goes on with its own.
+    """Named `model_who left it_who went on`: they end where one device ends that goes on with its own checkpoint.
 
-    At the end of an epoch, where the place in the data does not depend on the number of processes.
+    The place in the data is counted a process: what one device makes of two processes' is compared with ddp's.
     """
-    whole, resumed = (
-        torch.load(folder / f"{n}0.pt", weights_only=True) for n in ("_".join(way.split("_")[:2]) + "_one_one", way)
-    )
+    model, left, on = way[: -len(way.split("_", 2)[2]) - 1], *way.split("_")[2:]
+    reference = "ddp_one" if (left, on) == ("fsdp2", "one") else "one_one"
+    whole, resumed = (torch.load(folder / f"{n}0.pt", weights_only=True) for n in (f"{model}_{reference}", way))
     half = torch.load(folder / f"{'_'.join(way.split('_')[:3])}.ckpt", weights_only=True)["state_dict"]
     assert set(half) == set(whole["weights"])
     moved = 0.0

@@ -14,8 +14,8 @@ and rewards are copies of every process: a prompt whose embedding one process re
 sharded encoder would wait for it forever.
 
 **Precision.**  Parameters, gradients' sums, the optimiser and its averages are float32 (frozen weights of a LoRA stay
-in the predictor's `dtype`).  With `precision: bf16-mixed` blocks are gathered, and compute, in bfloat16.  Inputs are not
-cast on entry: timesteps stay exact.  States, adjoints, rewards and the loss are float32 on every strategy.
+in the predictor's `dtype`).  With `precision: bf16-mixed` blocks are gathered, and compute, in bfloat16.  Inputs are
+not cast on entry: timesteps stay exact.  States, adjoints, rewards and the loss are float32 on every strategy.
 
 **Checkpoints** are single files of whole tensors, the very ones that ddp and a single device write: each loads the
 others'.  A user's own host calls `shard(self)` in `configure_model`.
