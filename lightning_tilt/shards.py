@@ -31,12 +31,12 @@ def is_sharded(tensor: Any) -> bool:
     return isinstance(tensor, DTensor)
 
 
-def in_pieces(trainer: Trainer) -> bool:
+def in_pieces(trainer: Trainer | None) -> bool:
     """Whether parameters are flat pieces without a name or shape: the classic FSDP's."""
-    return isinstance(trainer.strategy, FSDPStrategy)
+    return trainer is not None and isinstance(trainer.strategy, FSDPStrategy)
 
 
-def need_whole(trainer: Trainer, who: str) -> None:
+def need_whole(trainer: Trainer | None, who: str) -> None:
     """Refuse the classic FSDP for somebody who needs whole parameters, or FSDP2's.
 
     Raises:
