@@ -15,6 +15,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from ..interfaces import Predictor
+from ..shards import dealt, need_whole, whole, wholes
 
 __all__ = ["ExponentialMovingAverage"]
 
@@ -58,10 +59,11 @@ class ExponentialMovingAverage(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average starts at the parameters, unless a checkpoint brought one."""
+        need_whole(trainer, "ExponentialMovingAverage")
         trained = _predictor(pl_module).trained_parameters()
         start = {n: p.detach().to(_dtype(p), copy=True) for n, p in trained.items()}
         self._check(trained)
-        self.average = {n: self.average[n].to(p) for n, p in start.items()} if self.average else start
+        self.average = {n: dealt(self.average[n].to(p.dtype), p) for n, p in start.items()} if self.average else start
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count from the update that the fit starts at."""
@@ -124,11 +126,11 @@ class ExponentialMovingAverage(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The raw parameters, also where the average is in use."""
         for name, value in self._raw.items():
-            checkpoint["state_dict"]["predictor." + name] = value
+            checkpoint["state_dict"]["predictor." + name] = whole(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average, by the parameters' names, and the number of updates in it."""
-        return {"updates": self.updates, "average": dict(self.average)}
+        """The average, whole, by the parameters' names, and the number of updates in it."""
+        return {"updates": self.updates, "average": wholes(self.average)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue a checkpoint's average."""
@@ -143,7 +145,7 @@ class ExponentialMovingAverage(Callback):
         with torch.inference_mode(False), torch.no_grad():
             self._raw = {n: p.detach().clone() for n, p in trained.items()}
             for name, p in trained.items():
-                p.copy_(self.average[name])
+                p.copy_(dealt(self.average[name], p))
 
     def _swap_out(self, pl_module: LightningModule) -> None:
         with torch.inference_mode(False), torch.no_grad():

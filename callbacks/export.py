@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..interfaces import ExportablePredictor
 from ..run_folder import set_aside
+from ..shards import need_whole
+from ..strategies import whole_weights
 
 __all__ = ["ExportWeights"]
 
@@ -24,16 +26,19 @@ class ExportWeights(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse, before anything is computed, a predictor that has no format of its own."""
+        need_whole(trainer, "ExportWeights")
         if not isinstance(pl_module.predictor, ExportablePredictor):
             raise TypeError(
                 f"ExportWeights: {type(pl_module.predictor).__name__} has no save(folder); remove the callback: the "
                 "checkpoint holds what was trained"
             )
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the weights."""
-        folder = Path(trainer.default_root_dir) / self.folder
-        set_aside(folder)
-        pl_module.predictor.save(folder)  # type: ignore[operator, union-attr]
-        rank_zero_info(f"ExportWeights: {folder}")
+        """Write the weights: one process does, and all of them give it their shards."""
+        predictor, folder = pl_module.predictor, Path(trainer.default_root_dir) / self.folder
+        assert isinstance(predictor, ExportablePredictor)
+        with whole_weights(predictor) as writes:
+            if writes:
+                set_aside(folder)
+                predictor.save(folder)
+                rank_zero_info(f"ExportWeights: {folder}")

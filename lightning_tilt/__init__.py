@@ -10,6 +10,7 @@ Importing this package is light; each name below is loaded when it is first used
 
 from difflib import get_close_matches
 from importlib import import_module
+from sys import modules
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -91,3 +92,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+if "lightning.pytorch" in modules:  # whoever has it already may name a strategy next; else TiltModule registers them
+    import_module("lightning_tilt.strategies")

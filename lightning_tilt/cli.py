@@ -36,6 +36,7 @@ from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, set_aside
 from lightning_tilt.steering import SMC
+from lightning_tilt.strategies import check_name
 
 __all__ = ["SaveRun", "TiltCLI", "main"]
 
@@ -135,6 +136,7 @@ class TiltCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Without another logger, metrics go to `metrics.csv` in the run's folder."""
         config = self.config[self.subcommand].trainer if self.subcommand else self.config.trainer
+        check_name(config.strategy)
         if config.logger is None or config.logger is True:
             kwargs.setdefault("logger", RunLogger(config.default_root_dir))
         steering = self._get(self.config_init, "steering") == "smc"

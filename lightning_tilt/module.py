@@ -15,6 +15,8 @@ from lightning_tilt.chain import slices
 from lightning_tilt.interfaces import Loss, Predictor, Reward, find_sampler
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
+from lightning_tilt.shards import clip_gradients, in_pieces
+from lightning_tilt.strategies import shard
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["TiltModule"]
@@ -47,6 +49,23 @@ class TiltModule(LightningModule):
         self.reward = reward
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+
+    def configure_model(self) -> None:
+        """Under a sharding strategy: shard the predictor."""
+        shard(self)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients together, whether sharded or not; otherwise as Lightning does."""
+        if gradient_clip_val and gradient_clip_algorithm != "value" and not in_pieces(self.trainer):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            clip_gradients([p.grad for p in parameters if p.grad is not None], gradient_clip_val)
+        else:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         """The optimiser of what predictor and loss learn, and its scheduler, stepped per update."""

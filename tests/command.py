@@ -12,7 +12,9 @@ import pytest
 import yaml
 from repository import ROOT
 
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+YAMLS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [path for path in YAMLS if "cluster" in path.parts]  # no runs of their own: they go on top of one
+CONFIGS = [path for path in YAMLS if path not in OVERLAYS]
 TOY = str(ROOT / "configs/toy/adjoint_matching.yaml")
 DIGITS = str(ROOT / "configs/digits/sd15_adjoint_matching.yaml")
 PICTURES = ("before_after.png", "curves.png", "reward_histogram.png")

@@ -86,7 +86,7 @@ def test_hutchinson_is_exact_in_one_dimension_and_unbiased_in_two() -> None:
     task, path, _ = update(model(), divergence="hutchinson", probes=36)
     chain = task.transport_chain(LAM)
     (pairs,) = task.pairs(path, torch.arange(STEPS))
-    probes = task._probes(pairs, len(path))
+    probes = task._probes(pairs, path)
     assert probes.shape == (36, 6 * STEPS, 2) and set(probes.unique().tolist()) == {-1.0, 1.0}
     assert float(probes.mean().abs()) < 4 / probes.numel() ** 0.5
     noisy = task._residuals(chain, path, pairs).detach()
@@ -99,7 +99,7 @@ def test_hutchinson_is_exact_in_one_dimension_and_unbiased_in_two() -> None:
 
 def _residual(task: NETSTask, chain: Any, path: Any, pairs: Any, probe: torch.Tensor) -> torch.Tensor:
     task.divergence, given = "hutchinson", task._probes
-    task._probes = lambda pairs, samples: probe[None]  # type: ignore[method-assign]
+    task._probes = lambda pairs, path: probe[None]  # type: ignore[method-assign]
     found = task._residuals(chain, path, pairs).detach()
     task._probes, task.divergence = given, "exact"  # type: ignore[method-assign]
     return found

@@ -18,7 +18,7 @@ from repository import ROOT, files
 LONGEST = 260
 
 MATHEMATICS = {"condition", "identities", "process", "trajectory", "transition"}
-INTERFACES = {"chain", "evaluations", "frozen", "interfaces", "noise", "steering", "transport"}
+INTERFACES = {"chain", "evaluations", "frozen", "interfaces", "noise", "shards", "steering", "transport"}
 SHARED = {"mathematics", "interfaces"}
 RUN = {"loggers", "run_folder", "strategies"}
 
@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"assets", *SHARED},
     "callbacks": {"models", "rewards", "metrics", "data", "assets", "run", *SHARED},
     "losses": {"models", "rewards", "metrics", "callbacks", *SHARED},
-    "module": {"models", "rewards", "metrics", *SHARED},
+    "module": {"models", "rewards", "metrics", "run", *SHARED},
     "run": SHARED,
     "tasks": {"losses", "module"},
 }

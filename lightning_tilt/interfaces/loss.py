@@ -18,10 +18,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_tilt.interfaces.figures import rollout_figures
+from lightning_tilt.interfaces.groups import update_size
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 from lightning_tilt.process import Process
+from lightning_tilt.shards import in_pieces, total_norm
 from lightning_tilt.trajectory import Trajectory
 from lightning_tilt.transition import ExactGaussian, Transition
 
@@ -95,6 +97,7 @@ class Loss(ABC):
         self.allow_non_memoryless = allow_non_memoryless
         self._good_samples = 0.0
         self._step_start = 0.0
+        self._said = ""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -214,10 +217,13 @@ class Loss(ABC):
         self._step_start = time.perf_counter()
         sampler, trajectory = self.sampler, self.sampler.trajectory
         good = self.mean_over_ranks(trajectory.weight.sum())
+        if not self._said:
+            self._said = update_size(self, trajectory)
+            rank_zero_info(self._said)
         self._good_samples += float(good)
         loss, logged = self.loss(trajectory)
         self.log_train("loss", loss, prog_bar=False)
-        for name, value in (logged | rollout_figures(trajectory, good)).items():
+        for name, value in (logged | rollout_figures(self, trajectory, good)).items():
             self.log_train(name, value, prog_bar=name in ("reward", "ess"))
         for name, count in sampler.evaluations.as_dict().items():
             self.log_train(f"evaluations/{name}", torch.tensor(float(count)))
@@ -234,16 +240,18 @@ class Loss(ABC):
         """Log the gradient's norm before clipping; without one good sample since the last update there is no update."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients:
-            self.log_train("gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        if gradients and not in_pieces(self.trainer):
+            self.log_train("gradient_norm", total_norm(gradients))
         if self._good_samples == 0:
             optimizer.zero_grad(set_to_none=True)  # a gradient of None moves nothing, not even by momentum or decay
         self._good_samples = 0.0
 
     def log_train(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
-        """Log a mean over the ranks as `train/<name>`."""
+        """Log a mean over the ranks as `train/<name>`; of a name in `_max` the largest, of evaluations the sum."""
+        counted = name.startswith("evaluations/") and not name.endswith("_per_pair")
+        how = "max" if name.endswith("_max") else "sum" if counted else "mean"
         value = value.detach().to(self.device)  # type: ignore[attr-defined]
-        self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, batch_size=1)  # type: ignore[attr-defined]
+        self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx=how, batch_size=1)  # type: ignore[attr-defined]
 
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes."""

@@ -4,7 +4,7 @@ Time runs from noise `t = 0` to data `t = 1`; a predictor that speaks timesteps 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,25 @@ class Predictor(nn.Module, ABC):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name."""
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+        # The classic FSDP's wrapper has a name of its own, which is no part of the parameter's.
+        named = ((name.replace("_fsdp_wrapped_module.", ""), p) for name, p in self.named_parameters())
+        return {name: p for name, p in named if p.requires_grad}
+
+    def sharded_networks(self) -> list[nn.Module]:
+        """What a sharding strategy cuts: modules that are called by their `forward`, on all processes in step.
+
+        A large network is one of them, and so is its frozen copy; here, for small ones, all modules with parameters of
+        their own.  A parameter of the predictor itself stays whole.
+        """
+        return [part for part in self.modules() if part is not self and any(True for _ in part.parameters(False))]
+
+    def replace_networks(self, change: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `change(network)` in the place of each network, as the classic FSDP asks for."""
+        raise ValueError(f"{type(self).__name__} does not let the classic fsdp wrap its network: use fsdp2 or ddp")
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass of the network."""
+        raise ValueError(f"{type(self).__name__} cannot recompute activations: take the strategy without _checkpoint")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The trained parameters alone: the base is never written to a checkpoint."""

@@ -26,6 +26,7 @@ from lightning_tilt.chain import Chain, evaluating, slices
 from lightning_tilt.condition import Condition
 from lightning_tilt.identities import Treatment
 from lightning_tilt.interfaces import LamSchedule, Predictor
+from lightning_tilt.interfaces.groups import sample_rows
 from lightning_tilt.losses.path_weights import PathWeighted
 from lightning_tilt.losses.times import Times, TimeSampling, TimeWeight, check_time_weight, time_weight
 from lightning_tilt.noise import keyed_normal_rows, keyed_uniform_rows
@@ -201,11 +202,11 @@ class EndPointRegression(PathWeighted):
 
     def _draw(self, trajectory: Trajectory, process: Process) -> tuple[Tensor, Tensor, Tensor]:
         """Times, factors 1/q and noises of all noisings, noising by noising: (P,), (P,), (P, *shape)."""
-        size, world, rank = len(trajectory) * self.noisings, self.trainer.world_size, self.trainer.global_rank
-        seed, number = self.sampler.seed, self.sampler.batches
-        everywhere = keyed_uniform_rows(seed, "times", number, range(size * world + 1))
+        total, seed, number = len(trajectory) * self.trainer.world_size, self.sampler.seed, self.sampler.batches
+        everywhere = keyed_uniform_rows(seed, "times", number, range(total * self.noisings + 1))
         times, factors = self.times(everywhere[1:], float(everywhere[0]))
-        mine = range(rank, size * world, world)
-        t, factor = process.node(times[rank::world]), factors[rank::world]
-        eps = keyed_normal_rows(seed, "renoise", number, mine, self.predictor.state_shape).to(trajectory.end)
+        mine = (torch.arange(self.noisings)[:, None] * total + sample_rows(self, trajectory)).flatten()
+        t, factor = process.node(times[mine]), factors[mine]
+        shape = self.predictor.state_shape
+        eps = keyed_normal_rows(seed, "renoise", number, mine.tolist(), shape).to(trajectory.end)
         return t, factor, self.predictor.project(eps)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from lightning_tilt.chain import Chain, evaluating, slices
 from lightning_tilt.identities import value_and_divergence
 from lightning_tilt.interfaces import LamSchedule
+from lightning_tilt.interfaces.groups import prompt_groups, sample_rows, together
 from lightning_tilt.interfaces.sampler import Sampler
 from lightning_tilt.losses.continuity import FreeEnergy, action_terms, marginal_weights, residual
 from lightning_tilt.losses.pair_controls import Pairs
@@ -162,7 +163,7 @@ class NETS(TransportLoss):
         assert self.free_energy is not None
         free_energy, scale = self.free_energy, self.sampler.guidance_scale
         t, f = self._fields(chain, trajectory, pairs, rate=True)
-        probes = None if self.divergence == "exact" else self._probes(pairs, len(trajectory))
+        probes = None if self.divergence == "exact" else self._probes(pairs, trajectory)
 
         def terms(x: Tensor) -> Tensor:
             w, div_w = value_and_divergence(
@@ -223,26 +224,20 @@ class NETS(TransportLoss):
     def _weighed(self, trajectory: Trajectory, log_w: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
         """Weights of mean 1 for each prompt and time, 0 for bad samples, and `rho - E_pi_t[rho]`: both (K, N).
 
-        A density has one pi_t for the samples of all processes.
+        Samples of all processes are weighed together.
         """
-        mine, good, group = slice(0, len(trajectory)), trajectory.weight > 0, trajectory.index.to(log_w.device)
-        if trajectory.prompts is None:
-            gathered = cast(Tensor, self.all_gather(torch.cat([log_w, rho, good[None].to(rho)])))  # type: ignore[attr-defined]
-            everywhere = torch.cat(list(gathered.reshape(-1, 2 * len(rho) + 1, len(trajectory))), 1)
-            (log_w, rho), good = everywhere[:-1].chunk(2), everywhere[-1] > 0
-            first = self.trainer.global_rank * len(trajectory)
-            mine, group = slice(first, first + len(trajectory)), torch.zeros_like(good, dtype=torch.long)
-        weight, source = marginal_weights(log_w, rho, good, group)
+        group, mine = prompt_groups(self, trajectory)
+        everywhere, _ = together(self, torch.cat([log_w, rho, trajectory.weight[None].to(rho)]))
+        log_w, rho = everywhere[:-1].chunk(2)
+        weight, source = marginal_weights(log_w, rho, everywhere[-1] > 0, group)
         return weight[:, mine], source[:, mine]
 
-    def _probes(self, pairs: Pairs, samples: int) -> Tensor:
+    def _probes(self, pairs: Pairs, trajectory: Trajectory) -> Tensor:
         """Signs that belong to the pair and the update, (probes, P, *shape)."""
-        world, rank = self.trainer.world_size, self.trainer.global_rank
-        pair = (pairs.j * samples + pairs.n).tolist()
+        total = len(trajectory) * self.trainer.world_size
+        pair = (pairs.j * total + sample_rows(self, trajectory)[pairs.n]).tolist()
         shape = (self.probes, *pairs.x.shape[1:])
-        rows = keyed_normal_rows(
-            self.sampler.seed, "probes", self.sampler.batches, [p * world + rank for p in pair], shape
-        )
+        rows = keyed_normal_rows(self.sampler.seed, "probes", self.sampler.batches, pair, shape)
         return torch.where(rows > 0, 1.0, -1.0).to(pairs.x).transpose(0, 1)
 
     def _draw_states(self, chain: TransportChain) -> Tensor:

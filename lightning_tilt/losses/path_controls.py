@@ -14,8 +14,8 @@ xi_k - z_k):
 
     l_k^v = (|xi_k|^2 - |z_k|^2)/2            q_k^v = |xi_k - z_k|^2/2
 
-**Groups.**  Every prompt has a Z of its own, so samples are compared within their prompt's group; a density is one
-group, over all processes.  Steps of std = 0 are the base's: they have no density and no term.
+**Groups.**  Every prompt has a Z of its own, so samples are compared within their prompt's group, over all processes; a
+density is one group.  Steps of std = 0 are the base's: they have no density and no term.
 """
 
 from dataclasses import dataclass, replace
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from lightning_tilt.chain import Chain, evaluating
 from lightning_tilt.interfaces import Loss
+from lightning_tilt.interfaces.groups import prompt_groups, together
 from lightning_tilt.interfaces.sampler import Sampler
 from lightning_tilt.losses.pair_controls import PairControls, Pairs
 from lightning_tilt.trajectory import Trajectory
@@ -136,21 +137,18 @@ class PathControls(PairControls):
         """For each sample the mean of its group's good samples, and how many these are.
 
         Args:
-            trajectory: whose samples; without prompts they are one group over all processes.
+            trajectory: whose samples.
             values: (..., N), without gradient.
 
         Returns:
             (..., N) and (N,).
         """
         weight = trajectory.weight
-        if trajectory.prompts is None:
-            n = self.mean_over_ranks(weight.sum())
-            mean = self.mean_over_ranks((values * weight).sum(-1, keepdim=True)) / n.clamp(min=1e-9)
-            return mean.expand_as(values), (n * self.trainer.world_size).expand_as(weight)
-        index = trajectory.index.to(weight.device)
-        n = weight.new_zeros(len(trajectory.condition)).index_add(0, index, weight)
-        sums = values.new_zeros(*values.shape[:-1], len(n)).index_add(-1, index, values * weight)
-        return (sums / n.clamp(min=1))[..., index], n[index]
+        group, mine = prompt_groups(self, trajectory)
+        everywhere, _ = together(self, torch.cat([(values * weight).reshape(-1, len(weight)), weight[None].to(values)]))
+        sums = everywhere.new_zeros(len(everywhere), int(group.max()) + 1).index_add(-1, group, everywhere)
+        means, n, own = sums[:-1] / sums[-1].clamp(min=1), sums[-1], group[mine]
+        return means[:, own].reshape(values.shape), n[own].to(weight)
 
     def centred(self, trajectory: Trajectory, values: Tensor) -> Tensor:
         """`values` (..., N) minus the mean of the group's other good samples (leave one out), without gradient."""
@@ -164,12 +162,13 @@ class PathControls(PairControls):
         return (trajectory.states[k + 1] - base_mean) / std, trajectory.noise[k]
 
     def _check_groups(self, trajectory: Trajectory) -> None:
-        if trajectory.prompts is not None and int(trajectory.index.bincount().min()) < 2:
+        smallest = int(prompt_groups(self, trajectory)[0].bincount().min())
+        if trajectory.prompts is not None and smallest < 2:
             raise ValueError(
                 f"{type(self).__name__} compares the samples of a prompt, and there is one alone: "
                 "sampler.samples_per_condition of at least 2"
             )
-        if trajectory.prompts is None and len(trajectory) * self.trainer.world_size < 2:
+        if smallest < 2:
             raise ValueError(
                 f"{type(self).__name__} compares samples, and the batch holds one: data.samples of 2 or more"
             )

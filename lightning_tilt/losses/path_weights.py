@@ -1,18 +1,19 @@
 """Path weights for the losses that can use them: `log w = lam r - log dP_theta/dP_base`, of mean 1 over a rollout.
 
 What may be done to them, and the bias of each, is said in `identities.treatment`.  Each prompt has a Z of its own, so
-weights are normalised prompt by prompt, and all prompts keep equal mass; a density has one Z for the samples of all
-processes.  Under gradient accumulation every batch is normalised in itself.
+weights are normalised prompt by prompt, and all prompts keep equal mass; a density has one Z.  Groups span
+the processes.  Under gradient accumulation every batch is normalised in itself.
 """
 
 from dataclasses import replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_tilt.identities import Treatment, treat_weights
 from lightning_tilt.interfaces import LamSchedule, Loss
+from lightning_tilt.interfaces.groups import prompt_groups, together
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["PathWeighted", "good_weights"]
@@ -84,8 +85,6 @@ class PathWeighted(Loss):
         return replace(trajectory, log_w=log_w, importance=importance.to(trajectory.reward))
 
     def _normalised(self, trajectory: Trajectory, log_w: Tensor) -> Tensor:
-        if trajectory.prompts is None:  # one Z for all processes
-            everywhere = cast(Tensor, self.all_gather(log_w)).reshape(-1)  # type: ignore[attr-defined]
-            first = self.trainer.global_rank * len(log_w)
-            return good_weights(everywhere, self.path_weights, self.weight_clip)[first : first + len(log_w)]
-        return good_weights(log_w, self.path_weights, self.weight_clip, trajectory.index)
+        everywhere, mine = together(self, log_w)
+        group, _ = prompt_groups(self, trajectory)
+        return good_weights(everywhere, self.path_weights, self.weight_clip, group)[mine]

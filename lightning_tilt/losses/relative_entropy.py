@@ -110,7 +110,7 @@ class RelativeEntropy(Loss):
         logged = {"kl": (weight * kl.detach()).sum() / good}
         if self._first(chain) == chain.noisy_steps[0]:
             weighed = replace(trajectory, log_w=lam * trajectory.reward - log_ratio.detach())
-            logged |= rollout_figures(weighed, good)
+            logged |= rollout_figures(self, weighed, good)
         return (weight * terms).sum() / good, logged
 
     def _first(self, chain: Chain) -> int:

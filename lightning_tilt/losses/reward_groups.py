@@ -1,6 +1,6 @@
 """Rewards by groups: what a sample's reward is compared with, where a loss has no gradient of it.
 
-    group       the samples of one prompt; all samples of all processes where there are no prompts
+    group       the samples of one prompt, on all processes; all samples where there are no prompts
     c_i         mean of v_j over the *other* good samples j of sample i's group
 
 The mean of the others is independent of X_i.  With the mean of all n, sample i is compared with itself to the part 1/n,
@@ -8,11 +8,12 @@ and every covariance that is regressed on shrinks by 1 - 1/n: a quarter of the t
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_tilt.interfaces.groups import prompt_groups, together
 from lightning_tilt.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class RewardGroups:
     """The rewards of a rollout with the groups that they are compared in.
 
     Attributes:
-        reward: r(X_1), (n,), float64: of this process, or of all where there are no prompts.
+        reward: r(X_1), (n,), float64, of all processes.
         good: 1, or 0 for a sample that is left out, (n,), float64.
         group: numbers of the groups, (n,).
         mine: where the samples of this process are among them.
@@ -82,16 +83,8 @@ class RewardGroups:
         Raises:
             ValueError: if a prompt has a single sample, which there is nothing to compare with.
         """
-        reward, good = trajectory.reward.double(), trajectory.weight.double()
-        prompts, n = trajectory.prompts, len(trajectory)
-        if prompts is None:  # one Z for all processes
-            reward, good = (cast(Tensor, loss.all_gather(v)).reshape(-1) for v in (reward, good))  # type: ignore[attr-defined]
-            first = loss.trainer.global_rank * n
-            groups = cls(reward, good, torch.zeros_like(reward, dtype=torch.long), slice(first, first + n))
-        else:
-            number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-            group = torch.tensor([number[p] for p in prompts], device=reward.device)
-            groups = cls(reward, good, group, slice(0, n))
+        reward, good = together(loss, torch.stack([trajectory.reward.double(), trajectory.weight.double()]))[0]
+        groups = cls(reward, good, *prompt_groups(loss, trajectory))
         if int(groups.group.bincount().min()) < 2:
             raise ValueError(
                 f"{type(loss).__name__} compares the samples of a prompt with each other, and one prompt has a single "

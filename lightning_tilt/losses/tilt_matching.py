@@ -38,6 +38,7 @@ from lightning_tilt.losses.end_points import EndPointRegression, NoisedEnds
 from lightning_tilt.losses.reinforce_adjoint_matching import reinforce_target
 from lightning_tilt.losses.reward_groups import RewardGroups
 from lightning_tilt.losses.times import TimeWeight
+from lightning_tilt.shards import dealt, need_whole, wholes
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["TiltMatching", "TiltVariant", "holding", "tilt_weights"]
@@ -67,7 +68,7 @@ def holding(predictor: Predictor, parameters: dict[str, Tensor]) -> Iterator[Pre
     own = {name: p.data for name, p in trained.items()}
     try:
         for name, p in trained.items():
-            p.data = parameters[name].to(p.data)
+            p.data = dealt(parameters[name], p).to(p.dtype)
         yield predictor
     finally:
         for name, p in trained.items():
@@ -137,6 +138,7 @@ class TiltMatching(EndPointRegression):
         if stage != "fit":
             return
         name, sampler = type(self).__name__, self.sampler
+        need_whole(self.trainer, name)
         if self.path_weights != "none":
             raise ValueError(f"{name}: path weights belong to lam, and a level is below it: path_weights: none")
         if sampler.buffer_size > 1:
@@ -202,7 +204,7 @@ class TiltMatching(EndPointRegression):
         """Save the level and the copy that its targets come from."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
         checkpoint["tilt_matching"] = {
-            "level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": self._copy,
+            "level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": wholes(self._copy),
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

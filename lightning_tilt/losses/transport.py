@@ -132,7 +132,7 @@ class TransportLoss(Loss):
         """ESS and log Z of log weights (N,), as they are logged."""
         good = trajectory.weight.sum()
         weighed = replace(trajectory, log_w=log_w.detach())
-        return {name: v for name, v in rollout_figures(weighed, good).items() if name in ("ess", "log_z")}
+        return {name: v for name, v in rollout_figures(self, weighed, good).items() if name in ("ess", "log_z")}
 
     def _score(self, x: Tensor, condition: Condition) -> Tensor:
         """The reward of states, through the decoder, in full precision."""

@@ -11,7 +11,7 @@ adapters; VAE and text encoders are frozen.
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -174,6 +174,21 @@ class LatentDiffusion(ExportablePredictor):
         with torch.autocast(x.device.type, enabled=False):
             images: Tensor = vae.decode(z, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1).to(x.dtype)
+
+    def sharded_networks(self) -> list[nn.Module]:
+        """The denoiser, and its frozen copy under full fine-tuning; VAE and text encoders stay whole."""
+        return [self.network] if self._adapted else [self.network, self.untuned.module]
+
+    def replace_networks(self, change: Callable[[nn.Module], nn.Module]) -> None:
+        """Put `change(network)` in the place of the denoiser, and of its frozen copy."""
+        self.network = change(self.network)
+        if not self._adapted:
+            self.untuned = Frozen(change(self.untuned.module))
+
+    def checkpoint_activations(self) -> None:
+        """Recompute the activations of each of the denoiser's blocks in the backward pass."""
+        for network in self.sharded_networks():
+            network.enable_gradient_checkpointing(_recompute)  # type: ignore[operator]
 
     def save(self, folder: str | Path) -> None:
         """Write what was trained, for users of diffusers alone.
