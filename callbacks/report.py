@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -89,30 +89,36 @@ class TiltReport(Callback):
         self._base: list[PromptSamples] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the base."""
+        """Sample the base; if the reward itself learns, at the end, by the reward that the tuned model is judged by."""
         for part in (*self.judges.values(), self.embedding):
             if isinstance(part, torch.nn.Module):
                 part.to(pl_module.device)
         self._asked = [*self.prompts] if self.prompts is not None else _validation_prompts(trainer)
         if self.transition is not None and isinstance(pl_module, Loss):
             pl_module.check_exact(self.transition)
-        start = time.perf_counter()
-        rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
-        self._base = self._sample(pl_module, self.base_samples, base=True)
-        self._seconds = {"base": time.perf_counter() - start}
+        if not cast(Any, pl_module).reward.learns:
+            self._sample_base(pl_module)
         self._fit_start = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the tuned model and write everything."""
         self._seconds["fit"] = time.perf_counter() - self._fit_start
-        start = time.perf_counter()
-        rank_zero_info(f"TiltReport: sampling the tuned model, {self.tuned_samples} samples a prompt ...")
         with moved(pl_module, trainer.strategy.root_device):
+            if cast(Any, pl_module).reward.learns:
+                self._sample_base(pl_module)
+            start = time.perf_counter()
+            rank_zero_info(f"TiltReport: sampling the tuned model, {self.tuned_samples} samples a prompt ...")
             tuned = self._sample(pl_module, self.tuned_samples, base=False)
         self._seconds["tuned"] = time.perf_counter() - start
         counts = gathered(find_sampler(pl_module).evaluations)
         total = Evaluations(*(sum(c.__dict__[f.name] for c in counts) for f in fields(Evaluations)))
         self._write(trainer, pl_module, tuned, total)
+
+    def _sample_base(self, host: Any) -> None:
+        start = time.perf_counter()
+        rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
+        self._base = self._sample(host, self.base_samples, base=True)
+        self._seconds["base"] = time.perf_counter() - start
 
     def _sampler(self, host: Any) -> Sampler:
         """The sampler of what is judged."""
