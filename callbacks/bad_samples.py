@@ -5,6 +5,7 @@
 
 A bad sample gets weight 0 and zeros in place of its numbers (NaN times 0 is NaN).  Of a training rollout the processes
 agree once, when it is prepared, by one sum of a few numbers; with it come the means that a reward learns from.
+Elsewhere a process raises by itself, and who shares work out (validation, reports) tells the others (`agree`).
 """
 
 import math
@@ -51,7 +52,7 @@ class BadSamples:
         """A scored rollout with weight 0 for what is not finite; of training, the verdict follows in `prepared`.
 
         Raises:
-            FloatingPointError: under "stop" for any stream but training, where each process rolls out by itself.
+            FloatingPointError: under "stop" for any stream but training.
         """
         if stream == "train":
             self._found = []
@@ -107,8 +108,8 @@ def _without(host: Any, path: Trajectory, stages: dict[str, Tensor], stream: Str
         return path, ""
     kinds = " or ".join(name for name, ok in fine.items() if not bool(ok[was_good].all()))
     message = (
-        f"{len(bad)} of {len(path)} samples of {stream} rollout {path.rollout}{where_of(host)} have {kinds} that is "
-        f"not finite: {named(bad, path.prompts)}"
+        f"{len(bad)} of {len(path)} samples of {stream} rollout {path.rollout} have {kinds} that is not finite"
+        f"{where_of(host)}: {named(bad, path.prompts)}"
     )
     changes: dict[str, Any] = {"weight": torch.where(good, path.weight, 0.0)}
     for name in (*_PER_SAMPLE, *_STEP_MAJOR):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..chain import Evaluations, slices
 from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
+from ..interfaces.not_finite import agree
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
@@ -129,7 +130,12 @@ class TiltReport(Callback):
         world, rank, asked = host.trainer.world_size, host.trainer.global_rank, self._asked
         # As many prompts on every process, some of them twice, since the network of a sharded model is called together.
         mine = range(rank, -(-len(asked) // world) * world, world)
-        own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
+        own, bad = list[tuple[int, PromptSamples]](), list[str]()
+        try:
+            own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
+        except FloatingPointError as error:  # a process that stopped alone would leave the others waiting
+            bad = [str(error)]
+        agree(host, bad)
         found = {i: samples for part in gathered(own) for i, samples in part}
         return [found[i] for i in range(len(asked))]
 

@@ -22,7 +22,7 @@ from lightning_tilt.trajectory import Trajectory
 if TYPE_CHECKING:
     from lightning_tilt.interfaces.loss import Loss
 
-__all__ = ["BadPolicy", "UpdateGuard", "gathered", "named", "stop_together", "where_of"]
+__all__ = ["BadPolicy", "UpdateGuard", "agree", "gathered", "named", "stop_together", "where_of"]
 
 BadPolicy = Literal["stop", "skip"]
 """What to do about a number that is not finite."""
@@ -45,6 +45,21 @@ def stop_together(found: list[str], mend: str) -> NoReturn:
     """
     everything = [message for messages in gathered(found) for message in messages]
     raise FloatingPointError("; ".join(everything) + ". " + mend)
+
+
+def agree(host: Any, found: list[str]) -> None:
+    """Raise on every process if one of them has found something; all of them must ask.
+
+    Args:
+        host: whose Trainer knows the processes.
+        found: what this process would have raised.
+
+    Raises:
+        FloatingPointError: with the messages of all processes.
+    """
+    count = torch.tensor(float(len(found)), device=host.device)
+    if float(host.trainer.strategy.reduce(count, reduce_op="sum")) > 0:
+        raise FloatingPointError(" ".join(message for messages in gathered(found) for message in messages))
 
 
 def named(samples: list[int], prompts: list[str] | None) -> str:
@@ -98,19 +113,18 @@ class UpdateGuard:
             return False
         if host.sampler.on_bad_reward == "stop":
             stop_together(
-                _complaints(host, losses),
+                _complaints(host, losses, bad_losses > 0),
                 "Lower lam or the learning rate, or pass sampler.on_bad_reward: skip, which makes no such update.",
             )
         host.sampler.skipped += 1
         return True
 
 
-def _complaints(host: "Loss", losses: list[tuple[Tensor, Trajectory]]) -> list[str]:
-    """What this process has to say of a window without an update."""
-    bad = [path for loss, path in losses if not bool(torch.isfinite(loss))]
-    what = "the loss" if bad else "the gradient of the loss, a mean over all processes,"
-    batches = "; ".join(
-        f"rollout {path.rollout} with {named(list(range(len(path))), path.prompts)}"
-        for path in bad or [path for _, path in losses]
-    )
+def _complaints(host: "Loss", losses: list[tuple[Tensor, Trajectory]], of_loss: bool) -> list[str]:
+    """What this process has to say of a window without an update: nothing, if the loss that is bad is another's."""
+    blamed = [path for loss, path in losses if not of_loss or not bool(torch.isfinite(loss))]
+    if not blamed:
+        return []
+    what = "the loss" if of_loss else "the gradient of the loss, a mean over all processes,"
+    batches = "; ".join(f"rollout {p.rollout} with {named(list(range(len(p))), p.prompts)}" for p in blamed)
     return [f"{what} is not finite{where_of(host)}: {batches}"]
