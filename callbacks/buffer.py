@@ -14,6 +14,10 @@ __all__ = ["ReplayBuffer"]
 class ReplayBuffer:
     """The last `size` rollouts, each good for `passes` batches.
 
+    No bad sample is trained on again: a rollout without one good sample on any process is not kept, of several rollouts
+    only good samples are drawn, and in a rollout that is drawn whole a bad one has weight 0 and zeros in place of its
+    numbers, which keeps the groups of its prompt, and those of all processes, of one size.
+
     Args:
         size: rollouts kept; the oldest one leaves first.
         passes: batches that train on one rollout before it leaves; None: until newer ones push it out.
@@ -29,8 +33,10 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._rollouts)
 
-    def add(self, trajectory: Trajectory) -> Trajectory:
-        """Keep a fresh rollout, and use it once."""
+    def add(self, trajectory: Trajectory, keep: bool = True) -> Trajectory:
+        """Keep a fresh rollout, and use it once; without `keep`, hand it on alone."""
+        if not keep:
+            return trajectory
         self._rollouts, self._uses = [*self._rollouts, trajectory][-self.size :], [*self._uses, 0][-self.size :]
         self._whole = None
         return self._use(len(self._rollouts) - 1)
@@ -42,7 +48,10 @@ class ReplayBuffer:
     def draw_samples(self, seed: int, batch: int, samples: int) -> Trajectory:
         """Different samples of all rollouts, as many as there are at most, keyed by the number of the batch."""
         if self._whole is None:
-            self._whole = Trajectory.cat(self._rollouts)
+            whole = Trajectory.cat(self._rollouts)
+            good = whole.weight > 0
+            # Of a process without any, what is left has weight 0: it still takes its part in the update.
+            self._whole = whole if bool(good.all()) or not bool(good.any()) else whole[good]
         n = len(self._whole)
         return self._whole[torch.tensor(keyed_choice(seed, "buffer", batch, range(n), min(samples, n)))]
 

@@ -2,22 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning import LightningModule
 
+from ..interfaces.not_finite import gathered
+
 __all__ = ["gathered", "moved"]
-
-
-def gathered(value: Any) -> list[Any]:
-    """The value of every process, in their order; all of them must ask."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 @contextmanager

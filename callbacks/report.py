@@ -9,7 +9,7 @@ import re
 import time
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..chain import Evaluations, slices
 from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
+from ..interfaces.not_finite import agree
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
@@ -89,30 +90,36 @@ class TiltReport(Callback):
         self._base: list[PromptSamples] = []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sample the base."""
+        """Sample the base; if the reward itself learns, at the end, by the reward that the tuned model is judged by."""
         for part in (*self.judges.values(), self.embedding):
             if isinstance(part, torch.nn.Module):
                 part.to(pl_module.device)
         self._asked = [*self.prompts] if self.prompts is not None else _validation_prompts(trainer)
         if self.transition is not None and isinstance(pl_module, Loss):
             pl_module.check_exact(self.transition)
-        start = time.perf_counter()
-        rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
-        self._base = self._sample(pl_module, self.base_samples, base=True)
-        self._seconds = {"base": time.perf_counter() - start}
+        if not cast(Any, pl_module).reward.learns:
+            self._sample_base(pl_module)
         self._fit_start = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sample the tuned model and write everything."""
         self._seconds["fit"] = time.perf_counter() - self._fit_start
-        start = time.perf_counter()
-        rank_zero_info(f"TiltReport: sampling the tuned model, {self.tuned_samples} samples a prompt ...")
         with moved(pl_module, trainer.strategy.root_device):
+            if cast(Any, pl_module).reward.learns:
+                self._sample_base(pl_module)
+            start = time.perf_counter()
+            rank_zero_info(f"TiltReport: sampling the tuned model, {self.tuned_samples} samples a prompt ...")
             tuned = self._sample(pl_module, self.tuned_samples, base=False)
         self._seconds["tuned"] = time.perf_counter() - start
         counts = gathered(find_sampler(pl_module).evaluations)
         total = Evaluations(*(sum(c.__dict__[f.name] for c in counts) for f in fields(Evaluations)))
         self._write(trainer, pl_module, tuned, total)
+
+    def _sample_base(self, host: Any) -> None:
+        start = time.perf_counter()
+        rank_zero_info(f"TiltReport: sampling the base, {self.base_samples} samples a prompt ...")
+        self._base = self._sample(host, self.base_samples, base=True)
+        self._seconds["base"] = time.perf_counter() - start
 
     def _sampler(self, host: Any) -> Sampler:
         """The sampler of what is judged."""
@@ -123,7 +130,12 @@ class TiltReport(Callback):
         world, rank, asked = host.trainer.world_size, host.trainer.global_rank, self._asked
         # As many prompts on every process, some of them twice, since the network of a sharded model is called together.
         mine = range(rank, -(-len(asked) // world) * world, world)
-        own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
+        own, bad = list[tuple[int, PromptSamples]](), list[str]()
+        try:
+            own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
+        except FloatingPointError as error:  # a process that stopped alone would leave the others waiting
+            bad = [str(error)]
+        agree(host, bad)
         found = {i: samples for part in gathered(own) for i, samples in part}
         return [found[i] for i in range(len(asked))]
 

@@ -12,7 +12,7 @@ the path weights have a meaning: then E[w] = Z.
 import time
 from copy import copy
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,12 +21,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..chain import Chain, Evaluations, evaluating, slices
-from ..interfaces import Loss, Predictor, Sampler
+from ..interfaces import BadPolicy, Loss, Predictor, Sampler
 from ..noise import Stream, keyed_normal
 from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
+from .bad_samples import BadSamples
 from .buffer import ReplayBuffer
-from .scoring import BadRewardPolicy, score_end_points, without_bad
+from .scoring import score_end_points
 from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, network_context, prompts_of
 
 __all__ = ["TrajectorySampler"]
@@ -51,8 +52,8 @@ class TrajectorySampler(Sampler, Callback):
         replay_samples: samples that each batch draws from the whole buffer; None: a batch trains on one rollout.
         rollout_micro_batch: samples in one network call of the rollout; None: all at once.
         reward_micro_batch: samples decoded and scored at once; None: all at once.
-        on_bad_reward: what to do when a reward or its gradient is not finite: `stop` raises and names step and
-            prompt; `skip` warns, and gives those samples weight 0.
+        on_bad_reward: what to do when a reward, its gradient, an adjoint or the loss is not finite: `stop` raises on
+            all processes and names step, rank and prompt; `skip` leaves those samples, or that update, out.
         base_last_step: let the base make a step of std = 0, as path weights and adjoints ask for; False lets the
             tuned model make it (a different law, without weights).
         seed: key of all draws; None takes the one of `seed_everything`, or 0.
@@ -70,7 +71,7 @@ class TrajectorySampler(Sampler, Callback):
         replay_samples: int | None = None,
         rollout_micro_batch: int | None = None,
         reward_micro_batch: int | None = None,
-        on_bad_reward: BadRewardPolicy = "stop",
+        on_bad_reward: BadPolicy = "stop",
         base_last_step: bool = True,
         seed: int | None = None,
     ) -> None:
@@ -82,8 +83,6 @@ class TrajectorySampler(Sampler, Callback):
         )  # fmt: skip
         if passes is not None and replay_samples is not None:
             raise ValueError("sampler.passes counts batches of one rollout; replay_samples goes by buffer_size")
-        if on_bad_reward not in get_args(BadRewardPolicy):
-            raise ValueError(f"sampler.on_bad_reward is one of {get_args(BadRewardPolicy)}, not {on_bad_reward!r}")
         self.steps = steps
         self.samples_per_condition = samples_per_condition
         self.guidance_scale = guidance_scale
@@ -93,12 +92,13 @@ class TrajectorySampler(Sampler, Callback):
         self.replay_samples = replay_samples
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch
-        self.on_bad_reward: BadRewardPolicy = on_bad_reward
+        self.on_bad_reward: BadPolicy = on_bad_reward
+        self._bad, self.skipped = BadSamples(on_bad_reward), 0
         self.base_last_step = base_last_step
         self._given_seed, self._restored = seed, False
         self.seed = global_seed() if seed is None else seed
         self.evaluations = Evaluations()
-        self.seconds: dict[str, float] = {}
+        self.seconds, self.reward_figures = dict[str, float](), dict[str, Tensor]()
         self._buffer = ReplayBuffer(buffer_size, passes)
         self.batches, self._rollouts, self._since = 0, 0, 0
         self._trajectory: Trajectory | None = None
@@ -148,17 +148,15 @@ class TrajectorySampler(Sampler, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the rollout of this batch if one is due, else draw one from the buffer."""
         if not isinstance(pl_module, Loss):
-            raise TypeError(
-                f"TrajectorySampler serves a loss, and {type(pl_module).__name__} is none: "
-                f"class Mine(AdjointMatching, {type(pl_module).__name__})"
-            )
+            name = type(pl_module).__name__
+            raise TypeError(f"TrajectorySampler serves a loss, and {name} is none: class Mine(AdjointMatching, {name})")
         self.seconds = {}
         if len(self._buffer) == 0 or self._since >= self.rollout_every:
-            self._trajectory = self._buffer.add(self._fresh(pl_module, batch))
+            self._trajectory = self._buffer.add(self._fresh(pl_module, batch), keep=self._bad.good > 0)
             self._since = 0
         elif self.replay_samples is None:
             self._trajectory = self._buffer.draw(self.seed, self.batches)
-        if self.replay_samples is not None:
+        if self.replay_samples is not None and len(self._buffer) > 0:
             self._trajectory = self._buffer.draw_samples(self.seed, self.batches, self.replay_samples)
         self.batches, self._since = self.batches + 1, self._since + 1
 
@@ -170,7 +168,7 @@ class TrajectorySampler(Sampler, Callback):
         self._rollouts += 1
         middle = time.perf_counter()
         path = loss.prepare(replace(path, lam=loss.current_lam()))
-        path = path if loss.needs_path else path.ends()
+        path, self.reward_figures = self._bad.prepared(loss, path if loss.needs_path else path.ends())
         self.seconds = {"rollout": middle - start, "adjoint": time.perf_counter() - middle}
         return path
 
@@ -232,7 +230,7 @@ class TrajectorySampler(Sampler, Callback):
         with torch.autocast(device.type, enabled=False):
             trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
         chain.evaluations.reward += len(trajectory)
-        return without_bad(trajectory, stream, self.on_bad_reward)
+        return self._bad.scored(host, trajectory, stream)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
@@ -240,7 +238,8 @@ class TrajectorySampler(Sampler, Callback):
         reused = self.replays and not due and not dist.is_initialized()
         return {
             "batches": self.batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed,
-            "evaluations": asdict(self.evaluations), "buffer": self._buffer.state_dict() if reused else [],
+            "buffer": self._buffer.state_dict() if reused else [], "skipped": self.skipped,
+            "evaluations": asdict(self.evaluations),
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -249,7 +248,8 @@ class TrajectorySampler(Sampler, Callback):
             rank_zero_warn(f"sampler.seed {self._given_seed} is not the checkpoint's: the samples will differ")
         elif self._given_seed is None:
             self._given_seed = self.seed = state_dict["seed"]
-        self.batches, self._rollouts, self._since = (state_dict[k] for k in ("batches", "rollouts", "since"))
+        counters = (state_dict[k] for k in ("batches", "rollouts", "since", "skipped"))
+        self.batches, self._rollouts, self._since, self.skipped = counters
         self.evaluations.__dict__.update(state_dict["evaluations"])
         self._buffer.load_state_dict(state_dict["buffer"])
         self._restored = True

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_tilt.chain import slices
 from lightning_tilt.interfaces import Loss, Predictor, Reward, find_sampler
+from lightning_tilt.interfaces.not_finite import agree
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
 from lightning_tilt.shards import clip_gradients, in_pieces
@@ -115,7 +116,11 @@ class TiltModule(LightningModule):
         }
 
     def _look(self, batch: Any, batch_idx: int, stream: Stream) -> None:
-        trajectory = self._rollout(batch, batch_idx, stream)
+        try:
+            trajectory = self._rollout(batch, batch_idx, stream)
+        except FloatingPointError as error:  # said when all processes are done: one that stopped alone would hold them
+            self._seen.bad = self._seen.bad or [str(error)]
+            return
         trajectory = trajectory[trajectory.weight > 0]  # without samples that were skipped
         if len(trajectory) == 0:
             return
@@ -127,6 +132,7 @@ class TiltModule(LightningModule):
                 self._seen.diversity.update(images[group == g])
 
     def _report(self, name: str) -> None:
+        agree(self, self._seen.bad)
         estimate = self._seen.reward.compute()
         values = {f"{name}/reward": estimate["mean"], f"{name}/reward_se": estimate["se"]}
         # `compute` waits for all processes: all of them enter it, or none, whoever saw groups of its own.
@@ -148,3 +154,4 @@ class _Seen:
 
     def __init__(self, device: torch.device) -> None:
         self.reward, self.diversity = MeanWithError().to(device), PairwiseDiversity().to(device)
+        self.bad: list[str] = []

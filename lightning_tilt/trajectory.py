@@ -50,6 +50,7 @@ class Trajectory:
         rollout: the number of the rollout, from 0.
         weight: 1 for a good sample, 0 for one whose reward or gradient was not finite and which is left out, (N,).
         reward_gradient: gradient of r at X_K, (N, *shape), if the loss asked for it.
+        parts: what else the reward says of each sample, (N,) by name, until the sampler has read it.
         log_w: log path weight lam r - sum_k (u_k . z_k + |u_k|^2 / 2), (N,), where every step has been compared with
             the base.
         importance: path weights as a loss uses them, of mean 1 over the rollout's good samples, (N,); None: all 1.
@@ -73,6 +74,7 @@ class Trajectory:
     rollout: int
     weight: Tensor
     reward_gradient: Tensor | None = None
+    parts: dict[str, Tensor] | None = None
     log_w: Tensor | None = None
     importance: Tensor | None = None
     end_score: Tensor | None = None
@@ -116,6 +118,7 @@ class Trajectory:
             samples = samples.cpu()  # an index on the CPU serves tensors on every device
         changes: dict[str, Any] = {name: self._get(name, lambda v: v[samples]) for name in _PER_SAMPLE}
         changes |= {name: self._get(name, lambda v: v[:, samples]) for name in _STEP_MAJOR}
+        changes["parts"] = self._parts(lambda v: v[samples])
         return replace(self, **changes)
 
     def between(self, first: int, last: int) -> "Trajectory":
@@ -136,7 +139,7 @@ class Trajectory:
 
     @classmethod
     def cat(cls, records: Sequence["Trajectory"]) -> "Trajectory":
-        """The samples of several records as one; `lam` and `rollout` are those of the last.
+        """The samples of several records as one; `lam` and `rollout` are those of the last, `parts` is left out.
 
         Raises:
             ValueError: if their steps differ.
@@ -144,7 +147,7 @@ class Trajectory:
         first, last = records[0], records[-1]
         if any(not torch.equal(r.t, first.t) for r in records):
             raise ValueError("only records of the same steps can be one")
-        changes: dict[str, Any] = {}
+        changes: dict[str, Any] = {"parts": None}
         for name in (*_PER_SAMPLE, *_STEP_MAJOR):
             values = [r.__dict__[name] for r in records]
             whole = all(v is not None for v in values)
@@ -160,8 +163,8 @@ class Trajectory:
             moved: Tensor = value.to(*args, **kwargs)
             return moved if value.is_floating_point() else moved.to(value.dtype)
 
-        names = [f.name for f in fields(self) if f.name not in ("t", "condition", "lam", "rollout")]
-        changes: dict[str, Any] = {name: self._get(name, move) for name in names}
+        names = [f.name for f in fields(self) if f.name not in ("t", "condition", "lam", "rollout", "parts")]
+        changes: dict[str, Any] = {name: self._get(name, move) for name in names} | {"parts": self._parts(move)}
         return replace(self, condition=self.condition.to(*args, **kwargs), **changes)
 
     def save(self, path: str | Path) -> None:
@@ -182,6 +185,9 @@ class Trajectory:
     def from_dict(cls, record: dict[str, Any]) -> "Trajectory":
         """What `as_dict` gave."""
         return cls(**{**record, "condition": Condition(**record["condition"])})
+
+    def _parts(self, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor] | None:
+        return None if self.parts is None else {name: change(v) for name, v in self.parts.items()}
 
     def _get(self, name: str, change: Callable[[Tensor], Tensor]) -> Tensor | None:
         value: Tensor | None = self.__dict__[name]

@@ -21,6 +21,7 @@ class RewardCase:
     make: Callable[[], Reward]
     shape: tuple[int, ...]
     prompts: list[str]
+    saved: frozenset[str] = frozenset()  # what the reward learns, and a checkpoint holds
 
     def images(self, dtype: torch.dtype = torch.float64) -> Tensor:
         generator = torch.Generator().manual_seed(1)
@@ -72,9 +73,11 @@ def check_rows_are_independent(case: RewardCase) -> None:
 
 def check_prompts(case: RewardCase) -> None:
     reward, x = case.hosted().reward, case.images()
+    # A combination's parts ask for what they need.
+    names = "|".join(type(part).__name__ for part in reward.modules() if isinstance(part, Reward))
     if reward.needs_prompts:
         for wrong in (None, case.prompts[:-1]):
-            with pytest.raises(ValueError, match=f"{type(reward).__name__} needs one prompt an image"):
+            with pytest.raises(ValueError, match=f"({names}) needs one prompt an image"):
                 reward.score(x, wrong)
         other = reward.score(x, case.prompts[1:] + case.prompts[:1])
         assert not torch.equal(reward.score(x, case.prompts), other)
@@ -110,7 +113,7 @@ def check_is_no_part_of_the_host(case: RewardCase) -> None:
     """Nothing to train, nothing to save, never in train mode, and moved with the host."""
     host = Host(case.make())
     assert {name.split(".")[0] for name, _ in host.named_parameters()} == {"learnt"}
-    assert {key.split(".")[0] for key in host.state_dict()} == {"learnt"}
+    assert {key for key in host.state_dict() if not key.startswith("learnt.")} == {f"reward.{k}" for k in case.saved}
     x = case.images(torch.float32)
     calm = host.eval().reward.score(x, case.prompts)
     torch.testing.assert_close(host.train().reward.score(x, case.prompts), calm, rtol=0, atol=0)

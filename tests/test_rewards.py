@@ -13,13 +13,18 @@ from tiny_clip import PREPROCESSOR, clip_model, clip_tokenizer, save_clip
 from lightning_tilt import rewards
 from lightning_tilt.models.digit_cnn import DigitCNN
 from lightning_tilt.rewards import (
+    Clamped,
     CLIPScore,
+    Constraint,
     DigitAccuracy,
     DigitClassifier,
     Ink,
+    JPEGCompressibility,
     LinearReward,
     QuadraticReward,
     Reward,
+    Smoothed,
+    WeightedSum,
 )
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 
@@ -39,6 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
     matrix = [[2.0, 0.5], [0.5, 1.0]]
     accuracy = RewardCase(partial(DigitAccuracy, folders["cnn"]), (3, 32, 32), PROMPTS)
+    classifier, size = partial(DigitClassifier, folders["cnn"]), (3, 32, 32)
     read = DigitClassifier(folders["cnn"]).log_probabilities(accuracy.images()).argmax(1).tolist()
     return {
         # Every other prompt asks for what the random network happens to read.
@@ -49,6 +55,21 @@ def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
         "CLIPScore": RewardCase(partial(CLIPScore, folders["clip"]), (3, 28, 20), PROMPTS),
         "LinearReward": RewardCase(partial(LinearReward, [1.0, -2.0]), (2,), PROMPTS),
         "QuadraticReward": RewardCase(partial(QuadraticReward, matrix, [0.0, 1.0]), (2,), PROMPTS),
+        "JPEGCompressibility": RewardCase(JPEGCompressibility, (3, 16, 16), PROMPTS),
+        "WeightedSum": RewardCase(lambda: WeightedSum([Ink(), classifier(), Ink()], [1.0, -0.5, 2.0]), size, PROMPTS),
+        "Clamped": RewardCase(lambda: Clamped(Ink(), max=0.4, min=0.3, softness=0.1), (3, 8, 8), PROMPTS),
+        "Constraint": RewardCase(
+            lambda: Constraint(Ink(), Smoothed(classifier(), samples=2), at_least=-1.0, start=0.5),
+            size,
+            PROMPTS,
+            frozenset({"multiplier"}),
+        ),
+        "Smoothed": RewardCase(
+            lambda: Smoothed(Constraint(classifier(), Ink(), at_least=0.1, start=2.0), shift=2),
+            size,
+            PROMPTS,
+            frozenset({"parts.0.multiplier"}),
+        ),
     }
 
 

@@ -5,11 +5,13 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 
 from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.interfaces.loss import LamSchedule, Loss
+from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
 
 __all__ = [
+    "BadPolicy",
     "Condition",
     "ExportablePredictor",
     "ImageEmbedding",

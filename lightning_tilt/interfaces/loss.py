@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.groups import update_size
+from lightning_tilt.interfaces.not_finite import UpdateGuard
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
@@ -95,7 +96,7 @@ class Loss(ABC):
         super().__init__(*args, **kwargs)
         self.lam = lam if isinstance(lam, LamSchedule) else LamSchedule(float(lam))
         self.allow_non_memoryless = allow_non_memoryless
-        self._good_samples = 0.0
+        self._guard = UpdateGuard()
         self._step_start = 0.0
         self._said = ""
 
@@ -137,8 +138,10 @@ class Loss(ABC):
 
     def _check_fit(self, sampler: Sampler) -> None:
         if self.needs_reward_gradient and not self.reward.is_differentiable:
+            rewards = [r for r in self.reward.modules() if isinstance(r, Reward) and not r.is_differentiable]
+            named = " in ".join(type(r).__name__ for r in reversed(rewards))  # the culprit, and what it is a part of
             raise TypeError(
-                f"{type(self).__name__} needs the gradient of the reward, and {type(self.reward).__name__} has none "
+                f"{type(self).__name__} needs the gradient of the reward, and {named} has none "
                 "(is_differentiable is False). Choose a differentiable reward, or a loss that needs no gradient."
             )
         if self.needs_memoryless and not sampler.memoryless and not self.allow_non_memoryless:
@@ -220,10 +223,10 @@ class Loss(ABC):
         if not self._said:
             self._said = update_size(self, trajectory)
             rank_zero_info(self._said)
-        self._good_samples += float(good)
         loss, logged = self.loss(trajectory)
+        self._guard.see(loss, trajectory, float(good))
         self.log_train("loss", loss, prog_bar=False)
-        for name, value in (logged | rollout_figures(self, trajectory, good)).items():
+        for name, value in (logged | rollout_figures(self, trajectory, good) | sampler.reward_figures).items():
             self.log_train(name, value, prog_bar=name in ("reward", "ess"))
         for name, count in sampler.evaluations.as_dict().items():
             self.log_train(f"evaluations/{name}", torch.tensor(float(count)))
@@ -237,14 +240,16 @@ class Loss(ABC):
         self.log_train("seconds/loss", torch.tensor(time.perf_counter() - self._step_start))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the gradient's norm before clipping; without one good sample since the last update there is no update."""
+        """Log the gradient's norm before clipping; make no update without a good sample or a finite gradient."""
         super().on_before_optimizer_step(optimizer)  # type: ignore[misc]
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients and not in_pieces(self.trainer):
-            self.log_train("gradient_norm", total_norm(gradients))
-        if self._good_samples == 0:
+        # Of the classic FSDP this is a part of the norm: it tells what is finite, and is not shown.
+        norm = total_norm(gradients) if gradients else None
+        if norm is not None and not in_pieces(self.trainer):
+            self.log_train("gradient_norm", norm)
+        if self._guard.refuses(self, norm):
             optimizer.zero_grad(set_to_none=True)  # a gradient of None moves nothing, not even by momentum or decay
-        self._good_samples = 0.0
+        self.log_train("skipped", torch.tensor(float(self.sampler.skipped)))
 
     def log_train(self, name: str, value: Tensor, prog_bar: bool = False) -> None:
         """Log a mean over the ranks as `train/<name>`; of a name in `_max` the largest, of evaluations the sum."""

@@ -1,6 +1,7 @@
 """What is maximised: `Reward`, a differentiable `score` inside a torchmetrics `Metric`."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,10 +28,11 @@ class Reward(Metric, ABC):
     A subclass writes one method.  Networks that it needs are held in `lightning_tilt.frozen.Frozen`, so that they are
     not trained, not saved, and move with the device.
 
-    Traits:
+    Traits (class constants; a reward made of others derives its own from theirs):
         is_differentiable: `score` has a gradient with respect to the images.
         higher_is_better: always true: a reward is maximised.
         needs_prompts: `score` reads the prompts.
+        learns: the reward itself changes during training (`learn`), so that rewards of one sample at two times differ.
 
     Example:
         >>> class Brightness(Reward):
@@ -45,6 +47,7 @@ class Reward(Metric, ABC):
     higher_is_better = True
     full_state_update = False
     needs_prompts: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
 
     total: Tensor
     count: Tensor
@@ -71,6 +74,26 @@ class Reward(Metric, ABC):
         Returns:
             (B,); row i depends on row i alone.
         """
+
+    def measure(self, images: Tensor, prompts: Prompts) -> tuple[Tensor, dict[str, Tensor]]:
+        """`score`, and what else there is to say of each sample, by name: the parts that a reward is made of.
+
+        Returns:
+            The rewards (B,), and further numbers (B,) without gradient, always under the same names; their means over a
+            training rollout are logged as `train/<name>`.
+        """
+        return self.score(images, prompts), {}
+
+    def learn(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Take in a fresh training rollout; never called for validation, reports or predictions.
+
+        Args:
+            means: of what `measure` told, over the good samples of all processes, by name.
+
+        Returns:
+            What else should be logged as `train/<name>`.
+        """
+        return {}
 
     def update(self, images: Tensor, prompts: Prompts = None) -> None:
         """Add a batch to the running mean (without gradient)."""

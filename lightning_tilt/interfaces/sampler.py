@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from lightning import Callback, LightningModule
+from torch import Tensor
 
+from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ class Sampler(ABC):
         replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
+        on_bad_reward: "stop" or "skip": what becomes of numbers that are not finite.
+        skipped: updates of training that were not made, for want of a good sample or of a finite gradient.
+        reward_figures: what the last fresh rollout says of the parts of its reward, by name.
         seconds: wall time of the parts of the current batch's rollout, by name.
         rollout_micro_batch: samples in one network call of a rollout; None: all.
         reward_micro_batch: samples decoded and scored at once; None: all.
@@ -43,6 +48,9 @@ class Sampler(ABC):
     reward_micro_batch: int | None
     evaluations: "Evaluations"
     seconds: dict[str, float]
+    on_bad_reward: BadPolicy
+    skipped: int
+    reward_figures: dict[str, Tensor]
 
     @property
     @abstractmethod

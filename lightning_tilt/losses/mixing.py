@@ -65,4 +65,4 @@ class LeastVariance(nn.Module):
         *fresh, counts = sums.to(self.moments)
         means = torch.stack(fresh) / counts.where(counts > 0, 1.0)
         kept = torch.where(self.moments[1] > 0, _KEPT * self.moments + (1 - _KEPT) * means, means)
-        self.moments.copy_(torch.where(counts > 0, kept, self.moments))
+        self.moments.copy_(torch.where((counts > 0) & means.isfinite().all(0), kept, self.moments))

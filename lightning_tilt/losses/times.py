@@ -112,7 +112,7 @@ class Times(nn.Module):
         squares, counts = sums.to(self.moments)
         fresh = squares / counts.clamp(min=1)
         kept = torch.where(self.moments > 0, _KEPT * self.moments + (1 - _KEPT) * fresh, fresh)
-        self.moments.copy_(torch.where(counts > 0, kept, self.moments))
+        self.moments.copy_(torch.where((counts > 0) & squares.isfinite(), kept, self.moments))
 
 
 def check_time_weight(kind: str) -> TimeWeight:
