@@ -119,6 +119,12 @@ class TiltCLI(LightningCLI):
             default="none",
             help="steer the samples of validate, test and predict without training: by sequential Monte Carlo",
         )
+        parser.add_argument(
+            "--dry_run",
+            type=Literal["off", "memory"],
+            default="off",
+            help="of a fit: `memory` prints what it needs in memory and network evaluations, and ends",
+        )
         parser.add_class_arguments(SMC, "smc", skip={"scale", "micro_batch"})
         parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
 
@@ -131,6 +137,17 @@ class TiltCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """End here where only the estimate is asked for: nothing has been loaded yet."""
+        if self._get(self.config, "dry_run") == "off":
+            return
+        if self.subcommand != "fit":
+            raise ValueError("--dry_run memory is for fit: only a fit has gradients and an optimiser")
+        from lightning_tilt.estimate import Settings, estimate, table
+
+        print(table(estimate(Settings.from_config(self.config["fit"].as_dict()))))
+        raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Without another logger, metrics go to `metrics.csv` in the run's folder."""
