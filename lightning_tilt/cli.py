@@ -121,9 +121,9 @@ class TiltCLI(LightningCLI):
         )
         parser.add_argument(
             "--dry_run",
-            type=Literal["off", "memory"],
+            type=Literal["off", "memory", "prompts"],
             default="off",
-            help="of a fit: `memory` prints what it needs in memory and network evaluations, and ends",
+            help="of a fit: print what it needs in memory and network evaluations, or encode its prompts, and end",
         )
         parser.add_class_arguments(SMC, "smc", skip={"scale", "micro_batch"})
         parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
@@ -139,14 +139,17 @@ class TiltCLI(LightningCLI):
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
 
     def before_instantiate_classes(self) -> None:
-        """End here where only the estimate is asked for: nothing has been loaded yet."""
-        if self._get(self.config, "dry_run") == "off":
+        """End here where no run is asked for: nothing has been loaded yet."""
+        wanted = self._get(self.config, "dry_run")
+        if wanted == "off":
             return
         if self.subcommand != "fit":
-            raise ValueError("--dry_run memory is for fit: only a fit has gradients and an optimiser")
+            raise ValueError(f"--dry_run {wanted} is for fit")
+        from lightning_tilt.cli_encode import encode_prompts
         from lightning_tilt.estimate import Settings, estimate, table
 
-        print(table(estimate(Settings.from_config(self.config["fit"].as_dict()))))
+        config = self.config["fit"].as_dict()
+        print(table(estimate(Settings.from_config(config))) if wanted == "memory" else encode_prompts(config))
         raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -1,6 +1,6 @@
 """What a run needs, told before it is made: memory by part, network evaluations an update.
 
-    lightning-tilt fit --config CONFIG --dry_run memory
+lightning-tilt fit --config CONFIG --dry_run memory
 """
 
 from lightning_tilt.estimate.memory import Estimate, estimate

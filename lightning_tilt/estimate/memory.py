@@ -19,6 +19,7 @@ from lightning_tilt.estimate.rewards import RewardNetwork, find_rewards
 from lightning_tilt.estimate.settings import Settings
 from lightning_tilt.estimate.tracking import AllocationTracker, tensor_bytes
 from lightning_tilt.models import LatentDiffusion
+from lightning_tilt.models.embeddings import PromptEmbeddings
 from lightning_tilt.models.skeletons import without_weights
 from lightning_tilt.transition import DDIM
 
@@ -70,19 +71,26 @@ class Estimate:
         """
         denoiser = sum(b for (part, _), b in self.weights.items() if part in ("denoiser", "adapters", "frozen copy"))
         sharded = denoiser + self.gradients + self.optimizer + self.average
-        kept = sum(self.weights.values()) - denoiser
+        kept = sum(self.weights.values()) - denoiser - (self.encoders if self.settings.drops_encoders else 0)
         if devices == 1:
             return kept + sharded
         if strategy == "ddp":
             return kept + sharded + self.gradients
         return kept + -(-sharded // devices) + 2 * self.block
 
+    @property
+    def encoders(self) -> int:
+        """Bytes of the text encoders."""
+        return sum(size for (part, _), size in self.weights.items() if part == "text encoders")
+
     def peak(self, devices: int = 1, strategy: str = "ddp") -> int:
         """Bytes at the fullest moment on each of so many devices, the allowance for CUDA included."""
         step = self.optimizer_step if devices == 1 or strategy == "ddp" else self.optimizer_step // devices
         passing = max(step, *(phase.peak for phase in self.phases.values()))
-        context = CONTEXT if self.settings.cuda else 0
-        return self.resident(devices, strategy) + self.trajectory + passing + context
+        passing += self.trajectory
+        if self.settings.drops_encoders:  # at the start, when nothing but the weights is there
+            passing = max(passing, self.encoders - self.gradients - self.optimizer)
+        return self.resident(devices, strategy) + passing + (CONTEXT if self.settings.cuda else 0)
 
 
 def estimate(settings: Settings) -> Estimate:
@@ -100,6 +108,7 @@ def estimate(settings: Settings) -> Estimate:
         raise ValueError(f"the estimate is for StableDiffusion and StableDiffusion3, not for {kind.__name__}")
     with without_weights("meta"):
         predictor = kind(**{**arguments, "compile": "off"})
+    predictor.embeddings = PromptEmbeddings(1, None, predictor.embeddings.identity)  # nothing goes to the run's folder
     rewards, unknown = find_rewards(settings.reward)
     judges, also_unknown = find_rewards(settings.callbacks, "judge ")
     trained = list(predictor.trained_parameters().values())
@@ -164,9 +173,7 @@ def forwards(settings: Settings, predictor: LatentDiffusion) -> dict[str, float]
     return found
 
 
-def _parts(
-    predictor: LatentDiffusion, rewards: list[RewardNetwork]
-) -> dict[str, tuple[int, dict[torch.dtype, int]]]:
+def _parts(predictor: LatentDiffusion, rewards: list[RewardNetwork]) -> dict[str, tuple[int, dict[torch.dtype, int]]]:
     """Parameters and bytes of what a device holds, by part."""
     adapters = [p for n, p in predictor.network.named_parameters() if "lora_" in n]
     others = [p for n, p in predictor.network.named_parameters() if "lora_" not in n]
@@ -222,4 +229,3 @@ def _optimizer_bytes(kind: Any, arguments: dict[str, Any]) -> tuple[float, float
         optimizer.step()
     size = tensor_bytes(parameters)
     return tensor_bytes(tensors) / size, tracker.peak / size
-

@@ -1,15 +1,14 @@
 """The parts of an update, each run once on fake tensors of its own micro-batch by the code that a fit runs.
 
-    rollout   the tuned model, no gradient
-    reward    decoder and reward network, the gradient to the end points
-    adjoint   one step of the sweep: the base's mean and its product with a vector
-    loss      the tuned model, the gradient to what is trained
+rollout   the tuned model, no gradient
+reward    decoder and reward network, the gradient to the end points
+adjoint   one step of the sweep: the base's mean and its product with a vector
+loss      the tuned model, the gradient to what is trained
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from lightning_tilt.chain import Chain, evaluating
 from lightning_tilt.condition import Condition
 from lightning_tilt.estimate.rewards import RewardNetwork
 from lightning_tilt.estimate.settings import Settings
-from lightning_tilt.estimate.tracking import AllocationTracker, CudaAutocast, fake_mode, make_fake
+from lightning_tilt.estimate.tracking import AllocationTracker, cuda_autocast, fake_mode, make_fake
 from lightning_tilt.models import LatentDiffusion
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.transition import DDIM, control
@@ -94,6 +93,8 @@ class _Run:
     def __init__(self, settings: Settings, predictor: LatentDiffusion, rewards: list[RewardNetwork]) -> None:
         self.settings, self.predictor, self.rewards = settings, predictor, rewards
         self.chain = Chain(predictor.process, DDIM(), torch.linspace(0, 1, 4).double(), context=self._autocast)
+        # What guidance asks for beside the prompts.
+        predictor.encode = lambda prompts, size: self._condition(size)  # type: ignore[method-assign]
         for parameter in predictor.trained_parameters().values():
             parameter.grad = torch.empty_like(parameter)
 
@@ -168,7 +169,7 @@ class _Run:
         tracker = AllocationTracker(known)
         with ExitStack() as stack:
             if self.settings.cuda:
-                stack.enter_context(CudaAutocast())
+                stack.enter_context(cuda_autocast())
             stack.enter_context(tracker)
             saved = call(tracker)
         return Phase(size, saved, tracker.peak)
@@ -177,12 +178,9 @@ class _Run:
         return torch.empty(size, *self.predictor.state_shape)
 
     def _condition(self, size: int) -> Condition:
+        # Without the prompts themselves, which are looked up by number.
         shapes = condition_shapes(self.predictor)
-        # What guidance asks for beside the prompts.
-        self.predictor.embeddings.add(
-            "", self.predictor._encoder_dtype, {n: torch.empty(s, dtype=torch.float32) for n, s in shapes.items()}
-        )
-        return Condition({n: torch.empty(size, *s) for n, s in shapes.items()}, [""] * size, size)
+        return Condition({n: torch.empty(size, *s) for n, s in shapes.items()}, None, size)
 
     @contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """The networks behind the rewards, by the rewards' names: what they weigh, and what their gradient needs.
 
-All are vision transformers of CLIP's kind, whose image tower is what the gradient goes through; the text tower's embeddings
-are made once a prompt.
+All are vision transformers of CLIP's kind, whose image tower is what the gradient goes through; the text tower's
+embeddings are made once a prompt.
 """
 
 from collections.abc import Iterator, Mapping

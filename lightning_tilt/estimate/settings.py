@@ -43,7 +43,9 @@ class Settings:
         autocast: whether network calls run in bfloat16 under autocast.
         cuda: whether the run is on a GPU.
         ema: whether an average of the trained parameters is kept.
+        drops_encoders: whether the text encoders leave the memory when the fit starts.
         accumulate: rollouts an update.
+        name: what the run is called.
     """
 
     predictor: tuple[type, dict[str, Any]]
@@ -70,6 +72,7 @@ class Settings:
     autocast: bool
     cuda: bool
     ema: bool
+    drops_encoders: bool
     accumulate: int
     name: str = field(default="")
 
@@ -134,6 +137,10 @@ class Settings:
             autocast=precision == "bf16-mixed",
             cuda=trainer.get("accelerator") != "cpu",
             ema=any(str(c["class_path"]).endswith("ExponentialMovingAverage") for c in callbacks),
+            drops_encoders=any(
+                str(c["class_path"]).endswith("EncodePrompts") and c["init_args"].get("drop_encoders", True)
+                for c in callbacks
+            ),
             accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         )
 

@@ -20,6 +20,8 @@ def table(found: Estimate) -> str:
     rows: list[tuple[str, str, str]] = []
     for (part, dtype), size in found.weights.items():
         rows.append(("weights", f"{part}, {found.counts[part] / 1e6:,.1f} M, {dtype}", gigabytes(size)))
+    if settings.drops_encoders and found.encoders:
+        rows.append(("", "the text encoders leave when the fit starts", f"-{gigabytes(found.encoders)}"))
     kind = settings.optimizer[0].__name__
     rows += [
         ("gradients", f"{found.trained / 1e6:,.1f} M trained", gigabytes(found.gradients)),

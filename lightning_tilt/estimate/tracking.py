@@ -1,25 +1,23 @@
 """Bytes of tensors without the tensors: networks are called on fake ones, and their allocations are counted.
 
-A fake tensor has a shape, a dtype and a storage of a size, but no numbers; autograd saves, frees and recomputes with fake
-tensors just as with real ones.  So the peak of a forward and a backward at full size is found in seconds, without the
-memory, and is exact for the tensors; it leaves out what kernels use inside.
+A fake tensor has a shape, a dtype and a storage of a size, but no numbers; autograd saves, frees and recomputes with
+fake tensors just as with real ones.  So the peak of a forward and a backward at full size is found in seconds, without
+the memory, and is exact for the tensors; it leaves out what kernels use inside.
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["AllocationTracker", "CudaAutocast", "count_flops", "fake_mode", "make_fake", "tensor_bytes"]
-
-T = TypeVar("T")
+__all__ = ["AllocationTracker", "count_flops", "cuda_autocast", "fake_mode", "make_fake", "tensor_bytes"]
 
 
 class AllocationTracker(TorchDispatchMode):
@@ -60,19 +58,23 @@ class AllocationTracker(TorchDispatchMode):
         self.live -= size
 
 
-class CudaAutocast(TorchFunctionMode):
-    """Under autocast on the CPU, compute in float32 what autocast on CUDA does (torch's list of such operations)."""
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Under autocast on the CPU, normalise in float32, as autocast on CUDA does; in backward passes too."""
+    with ExitStack() as stack:
+        for name in ("group_norm", "layer_norm"):
+            stack.enter_context(patch.object(nn.functional, name, _in_float32(vars(nn.functional)[name])))
+        yield
 
-    _IN_FLOAT32 = frozenset(
-        {nn.functional.group_norm, nn.functional.layer_norm, nn.functional.softmax, torch.softmax, torch.rsqrt}
-    )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, its half-precision arguments as float32 if it is one of those."""
-        if func in self._IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-            kwargs = {n: a.float() if isinstance(a, Tensor) else a for n, a in (kwargs or {}).items()}
-        return func(*args, **(kwargs or {}))
+def _in_float32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return function(*args, **kwargs)
+        given = [a.float() if isinstance(a, Tensor) else a for a in args]
+        return function(*given, **{n: a.float() if isinstance(a, Tensor) else a for n, a in kwargs.items()})
+
+    return call
 
 
 @contextmanager

@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["KNOWN", "build_part", "build_skeleton", "known_name", "skeleton_configs", "skeleton_device", "without_weights"]
+__all__ = [
+    "KNOWN",
+    "build_part",
+    "build_skeleton",
+    "known_name",
+    "skeleton_configs",
+    "skeleton_device",
+    "without_weights",
+]
 
 KNOWN = ("sd15", "sd3_medium", "sd35_medium", "sd35_large")
 """The families whose configurations come with the package."""
