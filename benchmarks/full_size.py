@@ -22,6 +22,7 @@ from lightning_tilt.models.skeletons import without_weights
 __all__ = ["forward_flops", "main", "read_config"]
 
 RECIPES = [p for family in ("sd15", "sd3", "sd35") for p in sorted(Path("configs", family).glob("*.yaml"))]
+PARTS = ["weights", "others", "gradients", "optimiser", "average", "paths", "rollout", "reward", "adjoint", "loss"]
 
 
 class _Parsed(Exception):
@@ -92,16 +93,15 @@ def main() -> None:
     text = "\n\n".join(
         [
             "## Full size on paper",
-            "Computed by `python benchmarks/full_size.py` without weights, by the code of `lightning-tilt fit --dry_run "
-            "memory`: GB are 10^9 bytes of tensors of one process, with 1 GB allowed for CUDA. `weights` are those of "
-            "the denoiser with its adapters or its frozen copy, `others` VAE and rewards; `rollout`, `reward`, `adjoint` "
-            "and `loss` are what a micro-batch of each needs in passing, of which the largest (or the step of the "
-            "optimiser, or the text encoders before they leave) is in the peak. TFLOP are of one forward of one sample, "
-            "PFLOP of an update of one process with everything recomputed; the reward's network and the VAE are not in "
-            "them.",
+            "Computed by `python benchmarks/full_size.py` without weights, by the code of `lightning-tilt fit "
+            "--dry_run memory`: GB are 10^9 bytes of tensors of one process, with 1 GB allowed for CUDA. `weights` are "
+            "those of the denoiser with its adapters or its frozen copy, `others` VAE and rewards; `rollout`, "
+            "`reward`, `adjoint` and `loss` are what a micro-batch of each needs in passing, of which the largest (or the step "
+            "of the optimiser, or the text encoders before they leave) is in the peak. TFLOP are of one forward of one "
+            "sample, PFLOP of an update of one process with everything recomputed; the reward's network and the VAE "
+            "are not in them.",
             markdown(
-                ["recipe", "denoiser", "trained", "weights", "others", "gradients", "optimiser", "average", "paths"]
-                + ["rollout", "reward", "adjoint", "loss", "**peak**", "TFLOP a forward", "PFLOP an update"],
+                ["recipe", "denoiser", "trained", *PARTS, "**peak**", "TFLOP a forward", "PFLOP an update"],
                 first,
             ),
             "One to sixty-four GPUs, each with the recipe's micro-batches and its own prompts: samples and network "

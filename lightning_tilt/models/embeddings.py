@@ -15,6 +15,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,9 @@ class PromptEmbeddings:
             draft.write_bytes(save(embedding, metadata={"label": self._label(prompt, dtype)}))
             draft.replace(file)
         except OSError as error:
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
             raise OSError(f"embeddings cannot be written to {str(self.folder)!r}: {error}") from error
-        finally:
-            draft.unlink(missing_ok=True)
 
 
 def identity_of(

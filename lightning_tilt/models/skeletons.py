@@ -24,7 +24,6 @@ __all__ = [
     "KNOWN",
     "build_part",
     "build_skeleton",
-    "known_name",
     "skeleton_configs",
     "skeleton_device",
     "without_weights",
@@ -61,7 +60,7 @@ def _known(family: str) -> dict[str, Any]:
     return content
 
 
-def known_name(path: str | Path) -> str | None:
+def _known_name(path: str | Path) -> str | None:
     """The family of a Hub name that the package knows, e.g. "sd15"; None for another."""
     return next((family for family in KNOWN if str(path) in _known(family)["names"]), None)
 
@@ -75,7 +74,7 @@ def skeleton_configs(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: for another name, or a folder without its configurations.
     """
-    folder, family = Path(path).expanduser(), known_name(path)
+    folder, family = Path(path).expanduser(), _known_name(path)
     if family is not None and not folder.is_dir():
         found: dict[str, dict[str, Any]] = _known(family)["components"]
         return found
@@ -135,10 +134,8 @@ def build_part(part: Mapping[str, Any], dtype: torch.dtype, device: torch.device
     torch.set_default_dtype(dtype)  # built in its own precision: a cast would need both at once
     try:
         with device:
-            if part["library"] == "transformers":
-                network = cls(cls.config_class(**config))
-            else:
-                network = cls.from_config(config)
+            transformers = part["library"] == "transformers"
+            network = cls(cls.config_class(**config)) if transformers else cls.from_config(config)
     finally:
         torch.set_default_dtype(before)
     return network.eval()
