@@ -96,10 +96,10 @@ def main() -> None:
             "Computed by `python benchmarks/full_size.py` without weights, by the code of `lightning-tilt fit "
             "--dry_run memory`: GB are 10^9 bytes of tensors of one process, with 1 GB allowed for CUDA. `weights` are "
             "those of the denoiser with its adapters or its frozen copy, `others` VAE and rewards; `rollout`, "
-            "`reward`, `adjoint` and `loss` are what a micro-batch of each needs in passing, of which the largest (or the step "
-            "of the optimiser, or the text encoders before they leave) is in the peak. TFLOP are of one forward of one "
-            "sample, PFLOP of an update of one process with everything recomputed; the reward's network and the VAE "
-            "are not in them.",
+            "`reward`, `adjoint` and `loss` are what a micro-batch of each needs in passing. The fullest of these "
+            "moments (or a step of the optimiser, or the start, before the text encoders leave) is in the peak. TFLOP "
+            "are of one forward of one sample, PFLOP of an update of one process with everything recomputed; the "
+            "reward's network and the VAE are not in them.",
             markdown(
                 ["recipe", "denoiser", "trained", *PARTS, "**peak**", "TFLOP a forward", "PFLOP an update"],
                 first,

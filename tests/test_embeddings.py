@@ -47,7 +47,7 @@ def test_dropped_encoders_leave_memory_and_the_prompts_stay(load: Any, tmp_path:
     assert all(torch.equal(tensor, before[name]) for name, tensor in told(predictor).items())
     predictor.embeddings.forget()
     assert all(torch.equal(tensor, before[name]) for name, tensor in told(predictor).items())
-    with pytest.raises(ValueError, match="only where predictor.embeddings names a folder"):
+    with pytest.raises(ValueError, match=r"only where predictor\.embeddings names a folder"):
         load("sd15").drop_encoders()
     with pytest.raises(ValueError, match="without_encoders needs embeddings"):
         load("sd15", without_encoders=True)
@@ -145,6 +145,10 @@ def test_the_command_line_encodes_ahead_and_a_fit_drops_the_encoders(tmp_path: P
     missing = tilt("fit", *args, "--model.predictor.without_encoders", "true", "--data.prompts", "[seven hundred]")
     assert missing.status == 1 and "'seven hundred' has no embedding" in missing.errors[0]
     assert tilt("validate", *args, "--dry_run", "prompts").errors[0].endswith("--dry_run prompts is for fit" + SHOWN)
+    # "null" on the command line and in a saved configuration is no folder of that name.
+    assert tilt("fit", *args, "--model.predictor.embeddings", "null", "--print_config").config["model"]["init_args"][
+        "predictor"
+    ]["init_args"]["embeddings"] is None  # fmt: skip
     nowhere = tilt("fit", "--config", DIGITS, "--dry_run", "prompts")
     assert "--model.predictor.embeddings FOLDER" in nowhere.errors[0]
 

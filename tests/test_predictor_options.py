@@ -133,7 +133,7 @@ def test_the_small_decoder_is_what_the_reward_sees(load: Any, tmp_path: Path, sd
     )
     with pytest.raises(ValueError, match="latents of 16 channels, and the denoiser's have 4: take the small decoder"):
         load("sd15", tiny_vae=tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="tiny_vae .* could not be loaded"):
+    with pytest.raises(FileNotFoundError, match=r"tiny_vae .* could not be loaded"):
         load("sd15", tiny_vae=tmp_path / "nowhere")
 
 

@@ -42,6 +42,7 @@ class Estimate:
         optimizer: bytes of its state.
         optimizer_step: bytes that a step of it needs in passing.
         average: bytes of the moving average.
+        paths: bytes of a rollout's states and noise.
         trajectory: bytes of a rollout with its adjoints.
         phases: what each part of an update needs.
         block: bytes of the largest block, in the dtype that it computes in.
@@ -57,6 +58,7 @@ class Estimate:
     optimizer: int
     optimizer_step: int
     average: int
+    paths: int
     trajectory: int
     phases: dict[str, Phase]
     block: int
@@ -86,8 +88,10 @@ class Estimate:
     def peak(self, devices: int = 1, strategy: str = "ddp") -> int:
         """Bytes at the fullest moment on each of so many devices, the allowance for CUDA included."""
         step = self.optimizer_step if devices == 1 or strategy == "ddp" else self.optimizer_step // devices
-        passing = max(step, *(phase.peak for phase in self.phases.values()))
-        passing += self.trajectory
+        # The last rollout is there until the next one is whole.
+        held = {"rollout": self.trajectory + self.paths, "reward": self.trajectory + self.paths}
+        held |= {"adjoint": 2 * self.trajectory, "loss": self.trajectory}
+        passing = max(self.trajectory + step, *(held[name] + phase.peak for name, phase in self.phases.items()))
         if self.settings.drops_encoders:  # at the start, when nothing but the weights is there
             passing = max(passing, self.encoders - self.gradients - self.optimizer)
         return self.resident(devices, strategy) + passing + (CONTEXT if self.settings.cuda else 0)
@@ -118,7 +122,7 @@ def estimate(settings: Settings) -> Estimate:
     state, passing = _optimizer_bytes(*settings.optimizer)
     size = sum(p.numel() for p in trained)
     numbers = forwards(settings, predictor)
-    trajectory = _trajectory(settings, predictor)
+    paths, trajectory = _trajectory(settings, predictor)
     phases = simulate(settings, predictor, rewards)
     return Estimate(
         settings=settings,
@@ -129,6 +133,7 @@ def estimate(settings: Settings) -> Estimate:
         optimizer=round(4 * size * state),
         optimizer_step=round(4 * size * passing),
         average=4 * size if settings.ema else 0,
+        paths=paths,
         trajectory=trajectory,
         phases=phases,
         block=block * compute,
@@ -199,17 +204,14 @@ def _held(frozen: Any) -> nn.Module:
     return module
 
 
-def _trajectory(settings: Settings, predictor: LatentDiffusion) -> int:
-    """States, noise, adjoints and base means of a rollout in float32, and the embeddings of its prompts."""
-    state = 4 * settings.samples
-    for extent in predictor.state_shape:
-        state *= extent
-    kept = 2 * settings.steps + 1
-    if settings.adjoint_micro_batch:
-        kept += 1 + 2 * (settings.pairs // settings.samples)
+def _trajectory(settings: Settings, predictor: LatentDiffusion) -> tuple[int, int]:
+    """Bytes of the states and the noise of a rollout in float32 and its prompts, and with adjoints and base means."""
+    state = 4 * settings.samples * torch.Size(predictor.state_shape).numel()
     encoder = torch.finfo(predictor._encoder_dtype).bits // 8
     told = sum(torch.Size(shape).numel() for shape in condition_shapes(predictor).values())
-    return kept * state + settings.batch_size * told * encoder
+    paths = (2 * settings.steps + 2) * state + settings.batch_size * told * encoder
+    swept = 1 + 2 * (settings.pairs // settings.samples) if settings.adjoint_micro_batch else 0
+    return paths, paths + swept * state
 
 
 def _optimizer_bytes(kind: Any, arguments: dict[str, Any]) -> tuple[float, float]:
