@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--cases sd15 sd3 sd3_1024] [--tuning lora full] [--compile off default]
 
-Adjoint Matching towards `Ink` (whose cost is nothing), bfloat16, gradient checkpointing, micro-batches of four; the first
-update warms up and compiles.  The share of the peak counts every forward, product with a vector, backward and
+Adjoint Matching towards `Ink` (whose cost is nothing), bfloat16, gradient checkpointing, micro-batches of four; the
+first update warms up and compiles.  The share of the peak counts every forward, product with a vector, backward and
 recomputation of the denoiser, and no decoding.  The table goes into benchmarks/RESULTS.md.
 """
 
@@ -105,8 +105,8 @@ def main() -> None:
                 print(" ".join(rows[-1]), flush=True)
     card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     text = (
-        f"`python benchmarks/gpu.py` on one {card}, torch {torch.__version__}: {args.steps} steps, {args.samples} paths "
-        "an update, random weights, bfloat16. Memory is what tensors took at most, beside the estimate."
+        f"`python benchmarks/gpu.py` on one {card}, torch {torch.__version__}: {args.steps} steps, {args.samples} "
+        "paths an update, random weights, bfloat16. Memory is what tensors took at most, beside the estimate."
     )
     header = ["model", "trained", "compile", "s an update", "forwards/s", "of peak", "GB", "GB estimated"]
     write_section("gpu", "## On a GPU\n\n" + text + "\n\n" + markdown(header, rows), args.out)

@@ -37,7 +37,7 @@ def test_every_recipe_fits_a_tiny_model_of_its_class(
     folder = sd15_folder if "sd15" in recipe.parts else sd3_folder
     reward = {"class_path": "CLIPScore", "init_args": {"path": str(clip)}}
     args = overlay(
-        recipe, tmp_path, data={"init_args": {"batch_size": 1, "prompts": ["a", "b"], "val_prompts": ["c"]}},
+        recipe, tmp_path, data={"class_path": "PromptDataModule", "init_args": {"batch_size": 1, "prompts": ["a", "b"], "val_prompts": ["c"]}},
         model={"init_args": {"reward": reward, "supervised_steps": 1, "last_steps": 1}},
     )  # fmt: skip
     flags = ["--model.predictor.path", folder, "--model.predictor.embeddings", tmp_path / "embeddings",

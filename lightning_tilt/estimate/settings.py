@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from lightning_tilt.data import read_prompts
 from lightning_tilt.losses.adjoint_matching import AdjointMatching
@@ -154,8 +154,7 @@ def class_of(config: Mapping[str, Any]) -> type:
     if "class_path" not in config:
         raise ValueError(f"the estimate needs a class_path in {sorted(config)}")
     module, _, name = str(config["class_path"]).rpartition(".")
-    found = reduce(getattr, name.split("."), import_module(module))
-    assert isinstance(found, type)
+    found: type = reduce(getattr, name.split("."), cast(Any, import_module(module)))
     return found
 
 
