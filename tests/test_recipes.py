@@ -36,8 +36,9 @@ def test_every_recipe_fits_a_tiny_model_of_its_class(
     """Everything but the size: bfloat16, checkpointing, micro-batches, accumulation, average, report, export."""
     folder = sd15_folder if "sd15" in recipe.parts else sd3_folder
     reward = {"class_path": "CLIPScore", "init_args": {"path": str(clip)}}
+    data = {"batch_size": 1, "prompts": ["a", "b"], "val_prompts": ["c"]}
     args = overlay(
-        recipe, tmp_path, data={"class_path": "PromptDataModule", "init_args": {"batch_size": 1, "prompts": ["a", "b"], "val_prompts": ["c"]}},
+        recipe, tmp_path, data={"class_path": "PromptDataModule", "init_args": data},
         model={"init_args": {"reward": reward, "supervised_steps": 1, "last_steps": 1}},
     )  # fmt: skip
     flags = ["--model.predictor.path", folder, "--model.predictor.embeddings", tmp_path / "embeddings",
