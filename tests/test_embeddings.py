@@ -145,10 +145,10 @@ def test_the_command_line_encodes_ahead_and_a_fit_drops_the_encoders(tmp_path: P
     missing = tilt("fit", *args, "--model.predictor.without_encoders", "true", "--data.prompts", "[seven hundred]")
     assert missing.status == 1 and "'seven hundred' has no embedding" in missing.errors[0]
     assert tilt("validate", *args, "--dry_run", "prompts").errors[0].endswith("--dry_run prompts is for fit" + SHOWN)
-    # "null" on the command line and in a saved configuration is no folder of that name.
-    assert tilt("fit", *args, "--model.predictor.embeddings", "null", "--print_config").config["model"]["init_args"][
-        "predictor"
-    ]["init_args"]["embeddings"] is None  # fmt: skip
+    # As a saved configuration has it.
+    (tmp_path / "null.yaml").write_text("model: {init_args: {predictor: {init_args: {embeddings: null}}}}\n")
+    parsed = tilt("fit", *args[:4], "--config", tmp_path / "null.yaml", "--print_config").config["model"]["init_args"]
+    assert parsed["predictor"]["init_args"]["embeddings"] is None
     nowhere = tilt("fit", "--config", DIGITS, "--dry_run", "prompts")
     assert "--model.predictor.embeddings FOLDER" in nowhere.errors[0]
 

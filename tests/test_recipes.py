@@ -16,6 +16,7 @@ from lightning_tilt.data import read_prompts
 from lightning_tilt.loggers import read_metrics
 
 RECIPES = [c for c in CONFIGS if {"sd15", "sd3", "sd35"} & set(c.parts)]
+FAST = [Path("configs/sd15/adjoint_matching.yaml"), Path("configs/sd3/adjoint_matching_full.yaml")]
 CARDS = {"24", "40", "80", "141"}
 
 
@@ -28,7 +29,9 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(r, id=str(r), marks=[] if r in FAST else [pytest.mark.slow]) for r in RECIPES]
+)
 @pytest.mark.filterwarnings("ignore:.*starts at alpha_0 > 0")
 def test_every_recipe_fits_a_tiny_model_of_its_class(
     recipe: Path, tmp_path: Path, sd15_folder: Path, sd3_folder: Path, clip: Path
