@@ -44,7 +44,9 @@ def main() -> None:
         row = ["SD 1.5, adapters, float32", f"{args.steps}", f"{counted.network}", f"{seconds:.0f}"]
         row += [f"{result['peak'] / 1e9:.2f}", f"{result['estimate'] / 1e9:.2f}"]
         header = ["random weights, one sample", "steps", "forwards", "seconds", "GB at the peak", "GB estimated"]
-        text = "`python benchmarks/smoke.py --write`, two threads of a shared machine; seconds include the weights."
+        text = (
+            "`python benchmarks/smoke.py --write`, two threads of a shared machine; seconds include making the weights."
+        )
         write_section("smoke", "## Real size on the CPU\n\n" + text + "\n\n" + markdown(header, [row]))
 
 

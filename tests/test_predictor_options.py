@@ -99,7 +99,7 @@ def test_slices_change_nothing(family: str, load: Any) -> None:
 
 
 def test_tiles_are_for_large_images_and_have_their_gradient(load: Any) -> None:
-    """Of the size that it was made for, an image is one tile; a larger one agrees up to the seams."""
+    """Of the size that it was made for, an image is one tile; a larger one is made of several."""
     plain, tiled = load("sd15", height=64, width=64), load("sd15", height=64, width=64, vae_tiling=True)
     small = torch.randn(1, 4, 8, 8)
     torch.testing.assert_close(tiled.decode(small), plain.decode(small))
@@ -107,7 +107,8 @@ def test_tiles_are_for_large_images_and_have_their_gradient(load: Any) -> None:
     images = tiled.decode(x)
     assert images.shape == (1, 3, 64, 64)
     assert not torch.equal(images, plain.decode(x))
-    assert float((images - plain.decode(x)).abs().mean()) < 0.1 * float(images.std())
+    # The first tile, of 8 x 8 latents, but for the quarter that is blended with the next.
+    torch.testing.assert_close(images[..., :12, :12], plain.decode(x[..., :8, :8])[..., :12, :12])
     (gradient,) = torch.autograd.grad(images.sum(), x)
     assert bool((gradient.abs().flatten(2).sum(2) > 0).all())
 
