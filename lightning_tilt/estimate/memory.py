@@ -21,7 +21,6 @@ from lightning_tilt.estimate.tracking import AllocationTracker, tensor_bytes
 from lightning_tilt.models import LatentDiffusion
 from lightning_tilt.models.embeddings import PromptEmbeddings
 from lightning_tilt.models.skeletons import without_weights
-from lightning_tilt.transition import DDIM
 
 __all__ = ["CONTEXT", "Estimate", "estimate", "forwards"]
 
@@ -149,7 +148,8 @@ def forwards(settings: Settings, predictor: LatentDiffusion) -> dict[str, float]
         "rollout", "adjoint" (its forwards and VJPs), "loss" (forwards, recomputed ones, backwards), "total" of the
         update, and "recomputed": what gradient checkpointing inside the network adds, which the sampler does not see.
     """
-    chain = Chain(predictor.process, DDIM(), predictor.process.grid(settings.steps))
+    kind, arguments = settings.transition
+    chain = Chain(predictor.process, kind(**arguments), predictor.process.grid(settings.steps))
     noisy, n, steps = chain.noisy_steps, settings.samples, settings.steps
     g, g_adjoint, g_control = (
         1 if s == 1 else 2 for s in (settings.guidance, settings.adjoint_guidance, settings.control_guidance)

@@ -10,6 +10,7 @@ from lightning_tilt.data import read_prompts
 from lightning_tilt.losses.adjoint_matching import AdjointMatching
 from lightning_tilt.losses.end_points import EndPointRegression
 from lightning_tilt.losses.path_controls import PathControls
+from lightning_tilt.transition import DDIM
 
 __all__ = ["Settings", "class_of"]
 
@@ -27,6 +28,7 @@ class Settings:
         batch_size: prompts a process.
         samples: paths of a rollout, a process.
         steps: transitions of a path.
+        transition: class and arguments of the kernel family.
         supervised: steps that the loss looks at, "all" or a number beside `last_steps`.
         last_steps: of those, how many are the last ones.
         guidance: of the rollout.
@@ -56,6 +58,7 @@ class Settings:
     batch_size: int
     samples: int
     steps: int
+    transition: tuple[type, dict[str, Any]]
     supervised: int | str
     last_steps: int
     guidance: float
@@ -121,6 +124,7 @@ class Settings:
             batch_size=batch_size,
             samples=samples,
             steps=steps,
+            transition=_transition(sampler.get("transition")),
             supervised=supervised,
             last_steps=last_steps,
             guidance=guidance,
@@ -166,6 +170,11 @@ def _samples(data: Mapping[str, Any], sampler: Mapping[str, Any]) -> tuple[int, 
         raise ValueError("the estimate is for prompts: data must be a PromptDataModule")
     batch = min(int(arguments["batch_size"]), max(len(read_prompts(arguments["prompts"])), 1))
     return batch * each, batch
+
+
+def _transition(config: Mapping[str, Any] | None) -> tuple[type, dict[str, Any]]:
+    """The sampler's, or its default."""
+    return (DDIM, {}) if config is None else (class_of(config), dict(config.get("init_args") or {}))
 
 
 def _or(value: Any, otherwise: Any) -> Any:
