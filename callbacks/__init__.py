@@ -3,6 +3,7 @@
 from .adjoint_norm import AdjointNorm
 from .density_picture import DensityPicture
 from .ema import ExponentialMovingAverage
+from .encode_prompts import EncodePrompts
 from .ess_curves import EssCurves
 from .export import ExportWeights
 from .predictions import PredictionWriter
@@ -16,6 +17,7 @@ from .work_histograms import WorkHistograms
 __all__ = [
     "AdjointNorm",
     "DensityPicture",
+    "EncodePrompts",
     "EssCurves",
     "ExponentialMovingAverage",
     "ExportWeights",

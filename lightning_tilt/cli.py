@@ -120,6 +120,12 @@ class TiltCLI(LightningCLI):
             default="none",
             help="steer the samples of validate, test and predict without training: by sequential Monte Carlo",
         )
+        parser.add_argument(
+            "--dry_run",
+            type=Literal["off", "memory", "prompts"],
+            default="off",
+            help="of a fit: print what it needs in memory and network evaluations, or encode its prompts, and end",
+        )
         parser.add_class_arguments(SMC, "smc", skip={"scale", "micro_batch"})
         parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
 
@@ -132,6 +138,20 @@ class TiltCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
+
+    def before_instantiate_classes(self) -> None:
+        """End here where no run is asked for: nothing has been loaded yet."""
+        wanted = self._get(self.config, "dry_run")
+        if wanted == "off":
+            return
+        if self.subcommand != "fit":
+            raise ValueError(f"--dry_run {wanted} is for fit")
+        from lightning_tilt.cli_encode import encode_prompts
+        from lightning_tilt.estimate import Settings, estimate, table
+
+        config = self.config["fit"].as_dict()
+        print(table(estimate(Settings.from_config(config))) if wanted == "memory" else encode_prompts(config))
+        raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Without another logger, metrics go to `metrics.csv` in the run's folder."""

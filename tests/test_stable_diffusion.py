@@ -93,7 +93,7 @@ def test_embeddings_are_remembered_within_bounds_and_fit_for_training(load: Any)
         first = predictor.encode(["a", "b"], 2)
     predictor.encode(["a"], 1)
     predictor.encode(["c"], 1)
-    assert list(predictor._embeddings) == ["a", "c"]
+    assert [prompt for prompt, _ in predictor.embeddings._known] == ["a", "c"]
     again = predictor.encode(["a"], 1)
     assert torch.equal(first.tensors["encoder_hidden_states"][:1], again.tensors["encoder_hidden_states"])
     predictor.predict(torch.randn(1, 4, 8, 8), predictor.process.grid(4)[:1], again).sum().backward()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lightning_tilt.models.neural import NeuralTilt as NeuralTilt
     from lightning_tilt.models.stable_diffusion import StableDiffusion as StableDiffusion
     from lightning_tilt.models.stable_diffusion_3 import StableDiffusion3 as StableDiffusion3
+    from lightning_tilt.models.text_conditioned import TextConditioned as TextConditioned
     from lightning_tilt.models.transport import NeuralTransport as NeuralTransport
     from lightning_tilt.models.transport import PotentialTransport as PotentialTransport
 
@@ -33,6 +34,7 @@ _HOMES = {
     "PotentialTransport": "lightning_tilt.models.transport",
     "StableDiffusion": "lightning_tilt.models.stable_diffusion",
     "StableDiffusion3": "lightning_tilt.models.stable_diffusion_3",
+    "TextConditioned": "lightning_tilt.models.text_conditioned",
     "the_mixture": "lightning_tilt.models.closed_form",
 }
 
@@ -48,6 +50,7 @@ __all__ = [
     "PotentialTransport",
     "StableDiffusion",
     "StableDiffusion3",
+    "TextConditioned",
     "the_mixture",
 ]
 

@@ -10,7 +10,6 @@ adapters; VAE and text encoders are frozen.
 """
 
 import copy
-from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +20,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.frozen import Frozen
-from lightning_tilt.interfaces import Condition, ExportablePredictor, Predictor, Prompts
-from lightning_tilt.models.loading import Dtype, load_pipeline, torch_dtype
+from lightning_tilt.interfaces import Condition, Predictor
+from lightning_tilt.models.compiling import CompileMode, check_compile_mode, compile_in_place
+from lightning_tilt.models.embeddings import PromptEmbeddings, identity_of
+from lightning_tilt.models.loading import Dtype, load_pipeline, load_tiny_vae, torch_dtype
 from lightning_tilt.models.lora import adapters_off, add_lora, lora_metadata, lora_weights
+from lightning_tilt.models.text_conditioned import TextConditioned
 
 __all__ = ["LatentDiffusion", "Tuning"]
 
@@ -36,7 +38,7 @@ def _recompute(module: nn.Module, *args: Any) -> Any:
     return checkpoint(module, *args, use_reentrant=False)
 
 
-class LatentDiffusion(ExportablePredictor):
+class LatentDiffusion(TextConditioned):
     """A predictor around a diffusers pipeline.
 
     Args:
@@ -48,9 +50,17 @@ class LatentDiffusion(ExportablePredictor):
         dtype: of the frozen weights, whatever is on disk: text encoders and, with LoRA, the denoiser.
         vae_dtype: of the VAE's weights; rewards differentiate through it, so it is float32 by default.
         gradient_checkpointing: keep fewer activations of denoiser and VAE, for one more forward a backward.
+        compile: compile the denoiser by `torch.compile` in this mode; the first calls of a run then take minutes.
+        vae_slicing: decode one sample at a time, whatever the micro-batch.
+        vae_tiling: decode images that are larger than the VAE was trained for in overlapping tiles, which changes them
+            a little where tiles meet.
+        tiny_vae: folder or Hub name of a small decoder in the VAE's place (`madebyollin/taesd`, `.../taesd3`).  All
+            images, rewards and pictures are then the small decoder's: what is tilted is the law of its images.
         height: of the images, in pixels; None is the size that the model was trained with.
         width: of the images, in pixels; None is the size that the model was trained with.
         cached_prompts: how many prompts' embeddings are kept in the CPU's memory (SD 1.5: .2 MB each, SD 3: 3 - 6).
+        embeddings: folder where the embeddings of all prompts are kept from run to run; None keeps them in memory.
+        without_encoders: load no text encoder; all prompts, and "" for guidance, must be in `embeddings`.
         variant: of the weight files, e.g. "fp16".
         revision: of the Hub repository: branch, tag or commit.
         without: components that are not loaded.
@@ -66,8 +76,6 @@ class LatentDiffusion(ExportablePredictor):
     """Which of the pipeline's components predicts."""
     attention_projections: ClassVar[tuple[str, ...]]
     """The layers that get adapters where nothing else is said."""
-    text_encoders: ClassVar[tuple[str, ...]]
-    """Which of the pipeline's components encode prompts."""
 
     def __init__(
         self,
@@ -80,9 +88,15 @@ class LatentDiffusion(ExportablePredictor):
         dtype: Dtype = "float32",
         vae_dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
+        compile: CompileMode = "off",
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        tiny_vae: str | None = None,
         height: int | None = None,
         width: int | None = None,
         cached_prompts: int = 512,
+        embeddings: str | None = None,
+        without_encoders: bool = False,
         variant: str | None = None,
         revision: str | None = None,
         without: Sequence[str] = (),
@@ -90,19 +104,30 @@ class LatentDiffusion(ExportablePredictor):
         super().__init__()
         if tuning not in get_args(Tuning):
             raise ValueError(f"unknown tuning {tuning!r}; known are {', '.join(get_args(Tuning))}")
+        check_compile_mode(compile)
+        if without_encoders and embeddings is None:
+            raise ValueError("without_encoders needs embeddings: the folder that has the embeddings of all prompts")
         dtypes = {"default": torch_dtype(dtype), "vae": torch_dtype(vae_dtype)}
         if tuning == "full":
             dtypes[self.denoiser] = torch.float32
+        left_out = (*without, *(self.text_encoders if without_encoders else ()))
         self._pipeline = load_pipeline(
-            path, self.pipeline_class, dtypes, without=without, variant=variant, revision=revision
+            path, self.pipeline_class, dtypes, without=left_out, variant=variant, revision=revision
         )
         parts = self._pipeline.components
         self.network = parts[self.denoiser].train()  # the pipeline comes in eval mode; this part is what a fit trains
-        self.vae: Frozen[Any] = Frozen(parts["vae"])
-        self.encoders = nn.ModuleList(Frozen(parts[name]) for name in self.text_encoders if parts[name] is not None)
+        # The pipeline keeps its own VAE, for exports; it is not moved to the device then.
+        vae = parts["vae"] if tiny_vae is None else load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config)
+        self.vae: Frozen[Any] = Frozen(vae)
+        if vae_slicing:
+            vae.enable_slicing()
+        if vae_tiling:
+            vae.enable_tiling()
         self.state_shape = self._shape(height, width)
-        self._embeddings: dict[str, dict[str, Tensor]] = {}
-        self._cached_prompts = cached_prompts
+        used = [n for n in self.text_encoders if n not in without]
+        used += [name.replace("text_encoder", "tokenizer") for name in used]
+        identity = {} if embeddings is None else identity_of(path, used, revision=revision, variant=variant)
+        self._set_up_text(PromptEmbeddings(cached_prompts, embeddings, {**identity, "parts": used}), dtypes["default"])
         if gradient_checkpointing:
             for part in (self.network, self.vae.module):
                 part.enable_gradient_checkpointing(_recompute)
@@ -114,6 +139,8 @@ class LatentDiffusion(ExportablePredictor):
         else:
             self.network.requires_grad_(True)
             self.untuned: Frozen[Any] = Frozen(copy.deepcopy(self.network))
+            compile_in_place(self.untuned.module, compile)
+        compile_in_place(self.network, compile)
 
     @property
     def pipeline(self) -> Any:
@@ -143,22 +170,6 @@ class LatentDiffusion(ExportablePredictor):
             view = copy.copy(self)
             view._modules = {**self._modules, "network": self.untuned.module}
             yield view
-
-    def encode(self, prompts: Prompts, size: int) -> Condition:
-        """The text encoders' embeddings of `size` prompts, "" for each where `prompts` is None.
-
-        Each prompt is encoded alone, in the encoders' own precision, and remembered: its embedding does not depend on
-        the batch that it came in, on autocast or on the number of processes.
-
-        Raises:
-            ValueError: if there are not `size` prompts.
-        """
-        texts = [""] * size if prompts is None else list(prompts)
-        if len(texts) != size:
-            raise ValueError(f"{len(texts)} prompts were given for {size} samples")
-        device = next(self.network.parameters()).device
-        found = [self._embedding(text) for text in texts]
-        return Condition({name: torch.stack([e[name] for e in found]).to(device) for name in found[0]}, texts, size)
 
     def decode(self, x: Tensor) -> Tensor:
         """Images in [0, 1] (B, 3, H, W) of the latents `x` (B, C, H/f, W/f), differentiable, in the dtype of `x`.
@@ -204,25 +215,6 @@ class LatentDiffusion(ExportablePredictor):
             str(folder), **{layers: lora_weights(self.network), metadata: lora_metadata(self.network)}
         )
 
-    @abstractmethod
-    def _encode_alone(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
-        """The denoiser's keyword arguments for one prompt, each (1, ...)."""
-
-    def _embedding(self, prompt: str) -> dict[str, Tensor]:
-        """One prompt's embeddings, without batch, on the CPU; the most recently used are kept."""
-        if prompt in self._embeddings:
-            embedding = self._embeddings.pop(prompt)
-        else:
-            device = next(self._pipeline.components[self.text_encoders[0]].parameters()).device
-            # What a validation under inference mode remembers, training must be able to save for its backward.
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-                told = self._encode_alone(prompt, device)
-            embedding = {name: tensor[0].cpu() for name, tensor in told.items()}
-        self._embeddings[prompt] = embedding
-        if len(self._embeddings) > self._cached_prompts:
-            self._embeddings.pop(next(iter(self._embeddings)))
-        return embedding
-
     def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """Shape of one latent for images of `height` x `width` pixels."""
         config, factor = self.network.config, self._pipeline.vae_scale_factor
@@ -235,9 +227,3 @@ class LatentDiffusion(ExportablePredictor):
         rows = rows if height is None else height // factor
         columns = columns if width is None else width // factor
         return (config["in_channels"], rows, columns)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "LatentDiffusion":
-        # Another device or dtype of the text encoders: what was remembered is theirs no more.
-        self._embeddings.clear()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self

@@ -13,7 +13,9 @@ from typing import Any, Literal, get_args
 import torch
 from packaging.version import Version
 
-__all__ = ["Dtype", "load_pipeline", "torch_dtype"]
+from lightning_tilt.models.skeletons import build_part, build_skeleton, skeleton_device
+
+__all__ = ["Dtype", "load_pipeline", "load_tiny_vae", "torch_dtype"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Floating-point formats of frozen weights, by torch's names."""
@@ -65,6 +67,8 @@ def load_pipeline(
     """
     import diffusers
 
+    if (device := skeleton_device()) is not None:
+        return build_skeleton(path, kind, dtypes, without=(*_UNUSED[kind], *without), device=device)
     index = _read_index(path, revision)
     _check_index(path, index, kind, dir(diffusers))
     options: dict[str, Any] = dict.fromkeys((*_UNUSED[kind], *without))
@@ -84,6 +88,35 @@ def load_pipeline(
         if isinstance(part, torch.nn.Module):
             part.eval()
     return pipeline
+
+
+def load_tiny_vae(path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, Any]) -> Any:
+    """Load a small autoencoder (`AutoencoderTiny`) whose decoder takes a denoiser's latents.
+
+    Args:
+        path: folder that `save_pretrained` wrote, or name on the Hub.
+        dtype: of its weights.
+        denoiser: configuration of the denoiser.
+
+    Raises:
+        FileNotFoundError: if there is none at `path`.
+        ValueError: if its latents have another number of channels.
+    """
+    from diffusers import AutoencoderTiny
+
+    if (device := skeleton_device()) is not None:  # taesd and its sisters have the class's own configuration
+        config = {"latent_channels": denoiser["in_channels"]}
+        return build_part({"library": "diffusers", "cls": "AutoencoderTiny", "config": config}, dtype, device)
+    try:
+        vae = AutoencoderTiny.from_pretrained(_locate(path)).to(dtype)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"tiny_vae {str(path)!r} could not be loaded: {_first_line(error)}") from None
+    if vae.config["latent_channels"] != denoiser["in_channels"]:
+        raise ValueError(
+            f"tiny_vae {str(path)!r} decodes latents of {vae.config['latent_channels']} channels, and the denoiser's "
+            f"have {denoiser['in_channels']}: take the small decoder of this family (SD 1.5: taesd, SD 3: taesd3)"
+        )
+    return vae.eval()
 
 
 def _locate(path: str | Path) -> str:

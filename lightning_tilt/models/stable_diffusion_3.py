@@ -61,6 +61,7 @@ class StableDiffusion3(LatentDiffusion):
         tokenizer = self.pipeline.tokenizer_3
         longest = 256 if tokenizer is None else min(256, tokenizer.model_max_length)
         self._max_sequence_length = longest if max_sequence_length is None else max_sequence_length
+        self.embeddings.identity["max_sequence_length"] = self._max_sequence_length
 
     def predict(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The velocity `alpha' x1_hat + beta' eps_hat`; see `Predictor.predict`."""

@@ -1,0 +1,54 @@
+"""One update of SD 1.5 at its real size, 64 x 64 latents, with random weights on the CPU: seconds and peak memory.
+
+    python benchmarks/smoke.py [--steps 2] [--write]
+
+It prints a line of JSON: the peak of the process's memory, without what Python and the libraries had before, beside the
+estimate.  `--write` puts it into benchmarks/RESULTS.md.
+"""
+
+import argparse
+import json
+import resource
+import time
+
+from random_weights import FullSizeRun
+from results import markdown, write_section
+
+__all__ = ["main"]
+
+
+def _rss() -> int:
+    """The most memory that this process has had, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main() -> None:
+    """Run and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--path", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    run = FullSizeRun(args.path, "cpu", steps=args.steps, samples=1, micro_batch=1, rank=4, gradient_checkpointing=True)
+    found, before, start = run.estimate(), _rss(), time.perf_counter()
+    module = run.fit(1)
+    seconds = time.perf_counter() - start
+    loss = float(module.trainer.callback_metrics["train/loss"])
+    counted = module.trainer.callbacks[0].evaluations
+    result = {
+        "denoiser": found.counts["denoiser"], "seconds": seconds, "peak": _rss() - before, "estimate": found.peak(),
+        "loss": loss, "forwards": counted.network, "forwards_estimate": found.forwards["total"],
+    }  # fmt: skip
+    print(json.dumps(result))
+    if args.write:
+        row = ["SD 1.5, adapters, float32", f"{args.steps}", f"{counted.network}", f"{seconds:.0f}"]
+        row += [f"{result['peak'] / 1e9:.2f}", f"{result['estimate'] / 1e9:.2f}"]
+        header = ["random weights, one sample", "steps", "forwards", "seconds", "GB at the peak", "GB estimated"]
+        text = (
+            "`python benchmarks/smoke.py --write`, two threads of a shared machine; seconds include making the weights."
+        )
+        write_section("smoke", "## Real size on the CPU\n\n" + text + "\n\n" + markdown(header, [row]))
+
+
+if __name__ == "__main__":
+    main()
