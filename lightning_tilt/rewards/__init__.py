@@ -7,9 +7,29 @@ of `Reward` with one method, in any file that can be imported.
 """
 
 from lightning_tilt.interfaces import Reward
+from lightning_tilt.rewards.aesthetic_score import AestheticScore
 from lightning_tilt.rewards.clip_score import CLIPScore
 from lightning_tilt.rewards.digit_classifier import DigitAccuracy, DigitClassifier
+from lightning_tilt.rewards.hpsv2 import HPSv2
+from lightning_tilt.rewards.hpsv2_package import HPSv2Package
+from lightning_tilt.rewards.image_reward import ImageReward
 from lightning_tilt.rewards.ink import Ink
+from lightning_tilt.rewards.open_clip_score import OpenCLIPScore
+from lightning_tilt.rewards.pick_score import PickScore
 from lightning_tilt.rewards.quadratic import LinearReward, QuadraticReward
 
-__all__ = ["CLIPScore", "DigitAccuracy", "DigitClassifier", "Ink", "LinearReward", "QuadraticReward", "Reward"]
+__all__ = [
+    "AestheticScore",
+    "CLIPScore",
+    "DigitAccuracy",
+    "DigitClassifier",
+    "HPSv2",
+    "HPSv2Package",
+    "ImageReward",
+    "Ink",
+    "LinearReward",
+    "OpenCLIPScore",
+    "PickScore",
+    "QuadraticReward",
+    "Reward",
+]
