@@ -28,7 +28,7 @@ class AestheticScore(CLIPImages):
     Args:
         path: the head's checkpoint, `sac+logos+ava1-l14-linearMSE.pth` or its `.safetensors`, a folder that has it, or
             a Hub name that has it.
-        clip: folder or Hub name of CLIP ViT-L/14 in transformers' layout; only its image tower is loaded.
+        clip: folder or Hub name of CLIP ViT-L/14 in transformers' layout; only its image tower is kept.
         antialias: filter before shrinking an image, as the image library of the training pipeline did.
         micro_batch: images scored at a time; None: all of them.
         dtype: of the CLIP; the head, under a million weights, stays in float32.
@@ -57,9 +57,8 @@ class AestheticScore(CLIPImages):
         file = find_file("AestheticScore", path, _FILE)
         state = read_weights("AestheticScore", file, sha256)
         mend = "give `clip`, a Hub name or a folder with its model and preprocessor files"
-        network, preprocess = load_clip(
-            "AestheticScore", "CLIPVisionModelWithProjection", clip, network_dtype(dtype), clip_sha256, mend
-        )
+        network, preprocess = load_clip("AestheticScore", clip, network_dtype(dtype), clip_sha256, mend)
+        del network.text_model, network.text_projection  # a third of the weights, and it reads no prompt
         width = network.config.projection_dim
         head = linear_head("AestheticScore", str(file), width, state, network_dtype("float32"))
         self.network, self.preprocess = Frozen(network), replace(preprocess, antialias=antialias)

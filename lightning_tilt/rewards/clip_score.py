@@ -56,7 +56,7 @@ class CLIPScore(CLIPTower):
         mend = mend_missing(
             path, "a Hub name, or a folder that save_pretrained of model, tokenizer and processor wrote"
         )
-        network, preprocess = load_clip("CLIPScore", "CLIPModel", name, network_dtype(dtype), sha256, mend)
+        network, preprocess = load_clip("CLIPScore", name, network_dtype(dtype), sha256, mend)
         self.network, self.preprocess = Frozen(network), replace(preprocess, antialias=antialias)
         self.tokenizer = load_tokenizer("CLIPScore", name)
 

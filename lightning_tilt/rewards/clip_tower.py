@@ -107,13 +107,12 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 def load_clip(
-    owner: str, kind: str, path: str, dtype: torch.dtype, sha256: str | None, mend: str
+    owner: str, path: str, dtype: torch.dtype, sha256: str | None, mend: str
 ) -> tuple[Any, ImagePreprocessing]:
-    """A CLIP in transformers' layout, and what it does to images first.
+    """A `CLIPModel` in transformers' layout, and what it does to images first.
 
     Args:
         owner: whose message it is.
-        kind: class of transformers, "CLIPModel" or "CLIPVisionModelWithProjection".
         path: folder or Hub name.
         dtype: of the network.
         sha256: of its `model.safetensors` (or `pytorch_model.bin`, if there is only that); None: no check.
@@ -123,7 +122,7 @@ def load_clip(
         FileNotFoundError: if there is no CLIP at `path`, or the Hub cannot be reached.
         ValueError: if weights are missing, or the checksum is another.
     """
-    import transformers
+    from transformers import CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.utils import cached_file
 
@@ -137,7 +136,7 @@ def load_clip(
             if file is None:
                 raise OSError(f"no {' or '.join(_WEIGHTS)} whose sha256 could be compared")
             check_sha256(owner, Path(file), sha256)
-        network, told = getattr(transformers, kind).from_pretrained(name, dtype=dtype, output_loading_info=True)
+        network, told = CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except OSError as error:
         gone = is_local(path) and not Path(name).is_dir()
         reason = "there is no such folder" if gone else first_line(error)

@@ -46,7 +46,7 @@ class HPSv2(CLIPTower):
 
     def __init__(
         self,
-        version: Literal["2.1", "2.0"] = "2.1",
+        version: Literal["2.1", "2.0"] | float = "2.1",
         path: str | None = None,
         tokenizer: str = CLIP_NAME,
         antialias: bool = True,
@@ -57,9 +57,10 @@ class HPSv2(CLIPTower):
         **kwargs: Any,
     ) -> None:
         super().__init__(micro_batch=micro_batch, **kwargs)
-        if version not in _FILES:
-            raise ValueError(f"HPSv2 has the versions {' and '.join(_FILES)}, not {version!r}")
-        file = find_file("HPSv2", path or _REPOSITORY, _FILES[version])
+        self.version = str(version)  # a number where a YAML does not quote it
+        if self.version not in _FILES:
+            raise ValueError(f"HPSv2 has the versions {' and '.join(_FILES)}, not {self.version!r}")
+        file = find_file("HPSv2", path or _REPOSITORY, _FILES[self.version])
         self.tokenizer = load_tokenizer("HPSv2", tokenizer)
         state = read_weights("HPSv2", file, sha256)
         if "visual.conv1.weight" in state:

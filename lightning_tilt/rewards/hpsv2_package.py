@@ -42,18 +42,18 @@ class HPSv2Package(Reward):
 
     def __init__(
         self,
-        version: Literal["2.1", "2.0"] = "2.1",
+        version: Literal["2.1", "2.0"] | float = "2.1",
         path: str | None = None,
         *,
         sha256: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if version not in _FILES:
-            raise ValueError(f"HPSv2Package has the versions {' and '.join(_FILES)}, not {version!r}")
-        self.version = version
+        self.version = str(version)  # a number where a YAML does not quote it
+        if self.version not in _FILES:
+            raise ValueError(f"HPSv2Package has the versions {' and '.join(_FILES)}, not {self.version!r}")
         _scorer()
-        self.file = find_file("HPSv2Package", path or _REPOSITORY, _FILES[version], as_named=True)
+        self.file = find_file("HPSv2Package", path or _REPOSITORY, _FILES[self.version], as_named=True)
         check_sha256("HPSv2Package", self.file, sha256)
 
     @torch.no_grad()

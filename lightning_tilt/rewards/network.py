@@ -105,5 +105,5 @@ class NetworkReward(Reward):
         chunks = [(x[r], *(b[r] for b in beside)) for r in rows]
         if not (torch.is_grad_enabled() and x.requires_grad):
             return torch.cat([function(*chunk) for chunk in chunks])
-        kept = {"use_reentrant": False, "preserve_rng_state": False}  # frozen networks draw nothing
-        return torch.cat([checkpoint(function, *chunk, **kept) for chunk in chunks])
+        # A frozen network draws nothing, so that there is no random state to keep.
+        return torch.cat([checkpoint(function, *c, use_reentrant=False, preserve_rng_state=False) for c in chunks])

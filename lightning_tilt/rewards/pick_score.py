@@ -46,12 +46,13 @@ class PickScore(CLIPTower):
     ) -> None:
         super().__init__(micro_batch=micro_batch, **kwargs)
         mend = "give the name on the Hub, or a folder with its model, tokenizer and preprocessor files"
-        network, preprocess = load_clip("PickScore", "CLIPModel", path, network_dtype(dtype), sha256, mend)
+        network, preprocess = load_clip("PickScore", path, network_dtype(dtype), sha256, mend)
         self.network, self.preprocess = Frozen(network), replace(preprocess, antialias=antialias)
         self.tokenizer = load_tokenizer("PickScore", path)
 
     def score_chunk(self, images: Tensor, g: Tensor) -> Tensor:
         """`exp(s) cos`: images (b, 3, H, W), the prompts' embeddings (b, D) -> (b,)."""
         model: Any = self.network.module
-        f, s = self.embed_images(images), model.logit_scale
-        return s.to(g).exp() * (f * g).sum(1)
+        s: Tensor = model.logit_scale.to(g)
+        f = self.embed_images(images)
+        return s.exp() * (f * g).sum(1)
