@@ -21,7 +21,7 @@ def save_tokens(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_bfloat16_keeps_the_gradient_at_the_real_size(tmp_path: Path) -> None:
-    """Measured with random weights; 10 GB of memory."""
+    """With random weights, .9999; 10 GB of memory."""
     from sklearn.datasets import load_sample_image
 
     save_tokens(tmp_path)

