@@ -9,10 +9,12 @@ import pytest
 import torch
 from reward_tester import CHECKS, RewardCase
 from tiny_clip import PREPROCESSOR, clip_model, clip_tokenizer, save_clip
+from tiny_rewards import HPSv2, ImageReward, save_aesthetic, save_hps, save_image_reward
 
 from lightning_tilt import rewards
 from lightning_tilt.models.digit_cnn import DigitCNN
 from lightning_tilt.rewards import (
+    AestheticScore,
     Clamped,
     CLIPScore,
     Constraint,
@@ -21,6 +23,7 @@ from lightning_tilt.rewards import (
     Ink,
     JPEGCompressibility,
     LinearReward,
+    PickScore,
     QuadraticReward,
     Reward,
     Smoothed,
@@ -28,7 +31,9 @@ from lightning_tilt.rewards import (
 )
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 
-EXPORTED = {n for n in rewards.__all__ if issubclass(getattr(rewards, n), Reward)} - {"Reward"}
+# What needs an extra goes through the same checks in tests/parity.
+WITH_EXTRAS = {"OpenCLIPScore", "HPSv2Package"}
+EXPORTED = {n for n in rewards.__all__ if issubclass(getattr(rewards, n), Reward)} - {"Reward"} - WITH_EXTRAS
 PROMPTS = ["3", "seven", "8", "a 0", "one"]
 
 
@@ -37,7 +42,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     torch.manual_seed(0)
     cnn, clip = tmp_path_factory.mktemp("cnn"), tmp_path_factory.mktemp("clip")
     DigitCNN(channels=(8, 8, 8, 8)).save_pretrained(cnn)
-    return {"cnn": str(cnn), "clip": str(save_clip(clip))}
+    hps, blip = tmp_path_factory.mktemp("hps"), tmp_path_factory.mktemp("blip")
+    save_aesthetic(save_clip(clip))
+    return {"cnn": str(cnn), "clip": str(clip), "hps": str(save_hps(hps)), "blip": str(save_image_reward(blip))}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,15 @@ def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
         "DigitClassifier": RewardCase(partial(DigitClassifier, folders["cnn"]), (3, 32, 32), PROMPTS),
         # Neither square nor of the tower's size: resize and crop have work to do.
         "CLIPScore": RewardCase(partial(CLIPScore, folders["clip"]), (3, 28, 20), PROMPTS),
+        "PickScore": RewardCase(partial(PickScore, folders["clip"]), (3, 28, 20), PROMPTS),
+        "AestheticScore": RewardCase(partial(AestheticScore, folders["clip"], folders["clip"]), (3, 28, 20), PROMPTS),
+        # Chunks of two, two and one.
+        "HPSv2": RewardCase(
+            partial(HPSv2, path=folders["hps"], tokenizer=folders["hps"], micro_batch=2), (3, 28, 20), PROMPTS
+        ),
+        "ImageReward": RewardCase(
+            partial(ImageReward, folders["blip"], folders["blip"], micro_batch=2), (3, 28, 20), PROMPTS
+        ),
         "LinearReward": RewardCase(partial(LinearReward, [1.0, -2.0]), (2,), PROMPTS),
         "QuadraticReward": RewardCase(partial(QuadraticReward, matrix, [0.0, 1.0]), (2,), PROMPTS),
         "JPEGCompressibility": RewardCase(JPEGCompressibility, (3, 16, 16), PROMPTS),
@@ -134,7 +150,7 @@ def test_clip_score_is_the_scaled_cosine_of_the_model_itself(scale: float, folde
 def test_clip_score_encodes_a_prompt_once_and_forgets_the_oldest(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_tilt.rewards.clip_score._CACHED_PROMPTS", 2)
+    monkeypatch.setattr("lightning_tilt.rewards.clip_tower._CACHED_PROMPTS", 2)
     reward = CLIPScore(folders["clip"])
     encoded: list[str] = []
     encode = reward._encode

@@ -97,7 +97,8 @@ class Reward(Metric, ABC):
 
     def update(self, images: Tensor, prompts: Prompts = None) -> None:
         """Add a batch to the running mean (without gradient)."""
-        rewards = self.score(images, prompts).detach()
+        # Detached before, so that no activations are kept for a gradient that nobody asks for.
+        rewards = self.score(images.detach(), prompts).detach()
         self.total += rewards.double().sum()
         self.count += rewards.numel()
 

@@ -8,25 +8,37 @@ are made of other rewards, and of each other.
 """
 
 from lightning_tilt.interfaces import Reward
+from lightning_tilt.rewards.aesthetic_score import AestheticScore
 from lightning_tilt.rewards.clamped import Clamped
 from lightning_tilt.rewards.clip_score import CLIPScore
 from lightning_tilt.rewards.constraint import Constraint
 from lightning_tilt.rewards.digit_classifier import DigitAccuracy, DigitClassifier
+from lightning_tilt.rewards.hpsv2 import HPSv2
+from lightning_tilt.rewards.hpsv2_package import HPSv2Package
+from lightning_tilt.rewards.image_reward import ImageReward
 from lightning_tilt.rewards.ink import Ink
 from lightning_tilt.rewards.jpeg import JPEGCompressibility
+from lightning_tilt.rewards.open_clip_score import OpenCLIPScore
+from lightning_tilt.rewards.pick_score import PickScore
 from lightning_tilt.rewards.quadratic import LinearReward, QuadraticReward
 from lightning_tilt.rewards.smoothed import Smoothed
 from lightning_tilt.rewards.weighted_sum import WeightedSum
 
 __all__ = [
+    "AestheticScore",
     "CLIPScore",
     "Clamped",
     "Constraint",
     "DigitAccuracy",
     "DigitClassifier",
+    "HPSv2",
+    "HPSv2Package",
+    "ImageReward",
     "Ink",
     "JPEGCompressibility",
     "LinearReward",
+    "OpenCLIPScore",
+    "PickScore",
     "QuadraticReward",
     "Reward",
     "Smoothed",

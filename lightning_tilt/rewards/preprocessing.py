@@ -1,6 +1,8 @@
 """What an image tower is shown: resize, crop, normalise, in tensor operations with a gradient.
 
     resize     the shortest edge to `size`, bicubic, antialiased     (h, w) -> (h, w) size / min(h, w), cut to integers
+               or the longest one                                    (h, w) -> (h, w) size / max(h, w), rounded
+    pad        the longest edge resized: zeros around it, up to a square of `size`
     crop       the centre, `crop` = (height, width)
     normalise  (x - mean) / std, channel by channel
 
@@ -10,13 +12,19 @@ Images are in [0, 1] (a `rescale_factor` of 1/255 is taken as done).  The image 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
-__all__ = ["ImagePreprocessing"]
+__all__ = ["CLIP_MEAN", "CLIP_STD", "ImagePreprocessing"]
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Of the images that CLIP was trained on, by channel."""
+
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of the images that CLIP was trained on, by channel."""
 
 # The numbers of `resample` are those of the Python imaging library.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
@@ -27,12 +35,15 @@ class ImagePreprocessing:
     """How images become an image tower's pixels.
 
     Attributes:
-        size: shortest edge after resizing, or (height, width) exactly; None: no resizing.
+        size: edge after resizing, or (height, width) exactly; None: no resizing.
         crop: (height, width) of the centre crop; None: no crop.
         mean: one number a channel.
         std: one number a channel.
         resample: "bicubic" or "bilinear".
         antialias: filter before shrinking, as image libraries do.
+        fit: which edge an integer `size` is: the "shortest", or the "longest", after which zeros fill the square.
+        odd: where the centre lies if an odd number of rows is cropped: half of it rounded "down", as in transformers,
+            or to the nearest "even" number, as in torchvision.
 
     Example:
         >>> preprocess = ImagePreprocessing(size=224, crop=(224, 224), mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -46,6 +57,8 @@ class ImagePreprocessing:
     std: tuple[float, ...]
     resample: str = "bicubic"
     antialias: bool = True
+    fit: Literal["shortest", "longest"] = "shortest"
+    odd: Literal["down", "even"] = "down"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], antialias: bool = True) -> "ImagePreprocessing":
@@ -77,7 +90,7 @@ class ImagePreprocessing:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (B, 3, H, W), any H and W -> (B, 3, height, width) as the tower wants them."""
-        x = self._crop(self._resize(images))
+        x = self._crop(self._pad(self._resize(images)))
         mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device)[:, None, None] for v in (self.mean, self.std))
         return (x - mean) / std
 
@@ -85,14 +98,23 @@ class ImagePreprocessing:
         h, w = x.shape[-2:]
         if self.size is None:
             return x
-        if isinstance(self.size, int):
-            edge = min(h, w)
-            target = (self.size * h // edge, self.size * w // edge)
-        else:
+        if not isinstance(self.size, int):
             target = self.size
+        elif self.fit == "shortest":
+            target = (self.size * h // min(h, w), self.size * w // min(h, w))
+        else:
+            scale = self.size / max(h, w)
+            target = (max(1, round(h * scale)), max(1, round(w * scale)))
         if target == (h, w):
             return x
         return interpolate(x, target, mode=self.resample, align_corners=False, antialias=self.antialias)
+
+    def _pad(self, x: Tensor) -> Tensor:
+        if self.fit == "shortest" or not isinstance(self.size, int):
+            return x
+        below, right = self.size - x.shape[-2], self.size - x.shape[-1]
+        # A left-over row or column goes to the bottom or the right.
+        return pad(x, (right // 2, right - right // 2, below // 2, below - below // 2))
 
     def _crop(self, x: Tensor) -> Tensor:
         if self.crop is None:
@@ -102,7 +124,8 @@ class ImagePreprocessing:
             raise ValueError(
                 f"images of {h} x {w} pixels are smaller than their crop, {height} x {width}; resize first"
             )
-        top, left = (h - height) // 2, (w - width) // 2
+        # Python rounds halves to the even neighbour.
+        top, left = (m // 2 if self.odd == "down" else round(m / 2) for m in (h - height, w - width))
         return x[..., top : top + height, left : left + width]
 
 
