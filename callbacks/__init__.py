@@ -4,6 +4,7 @@ from .adjoint_norm import AdjointNorm
 from .density_picture import DensityPicture
 from .ema import ExponentialMovingAverage
 from .ess_curves import EssCurves
+from .evaluation import Evaluation
 from .export import ExportWeights
 from .predictions import PredictionWriter
 from .progress import TiltProgressBar
@@ -17,6 +18,7 @@ __all__ = [
     "AdjointNorm",
     "DensityPicture",
     "EssCurves",
+    "Evaluation",
     "ExponentialMovingAverage",
     "ExportWeights",
     "PredictionWriter",

@@ -7,10 +7,11 @@ from lightning_tilt.condition import Condition, Prompts
 from lightning_tilt.interfaces.loss import LamSchedule, Loss
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
-from lightning_tilt.interfaces.sampler import Sampler, find_sampler
+from lightning_tilt.interfaces.sampler import Evaluator, Sampler, find_sampler
 
 __all__ = [
     "Condition",
+    "Evaluator",
     "ExportablePredictor",
     "ImageEmbedding",
     "KnownLaw",

@@ -1,7 +1,7 @@
 """What a loss and a host may ask of the sampler, whichever callback it is."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning import Callback, LightningModule
 
@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from lightning_tilt.noise import Stream
     from lightning_tilt.transition import Transition
 
-__all__ = ["Sampler", "find_sampler"]
+__all__ = ["Evaluator", "Sampler", "find_sampler"]
+
+
+class Evaluator(ABC):
+    """A callback that samples base and tuned model on the batches of a test, so that the host need not.
+
+    It logs `test/reward`, `test/reward_se` and `test/diversity`, as the host would.
+    """
 
 
 class Sampler(ABC):
@@ -29,6 +36,7 @@ class Sampler(ABC):
         seconds: wall time of the parts of the current batch's rollout, by name.
         rollout_micro_batch: samples in one network call of a rollout; None: all.
         reward_micro_batch: samples decoded and scored at once; None: all.
+        on_bad_reward: whether samples that are not finite stop the rollout, or have weight 0.
         evaluations: network evaluations of training so far.
     """
 
@@ -41,6 +49,7 @@ class Sampler(ABC):
     samples_per_condition: int
     rollout_micro_batch: int | None
     reward_micro_batch: int | None
+    on_bad_reward: Literal["stop", "skip"]
     evaluations: "Evaluations"
     seconds: dict[str, float]
 

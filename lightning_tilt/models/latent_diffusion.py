@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Condition, ExportablePredictor, Predictor, Prompts
+from lightning_tilt.models.export import how_to_load, tuned_pipeline
 from lightning_tilt.models.loading import Dtype, load_pipeline, torch_dtype
 from lightning_tilt.models.lora import adapters_off, add_lora, lora_metadata, lora_weights
 
@@ -188,6 +189,19 @@ class LatentDiffusion(ExportablePredictor):
         type(self._pipeline).save_lora_weights(
             str(folder), **{layers: lora_weights(self.network), metadata: lora_metadata(self.network)}
         )
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write the whole tuned pipeline, adapters merged, for `DiffusionPipeline.from_pretrained(folder)`."""
+        tuned_pipeline(self._pipeline, self.denoiser, bool(self._adapted)).save_pretrained(folder)
+
+    @property
+    def origin(self) -> str:
+        """The folder or Hub name that the pipeline was loaded from."""
+        return str(self._pipeline.name_or_path)
+
+    def how_to_load(self, whole: bool, steps: int, guidance_scale: float) -> str:
+        """Python for plain diffusers."""
+        return how_to_load(self._pipeline, self.denoiser, bool(self._adapted), whole, steps, guidance_scale)
 
     @abstractmethod
     def _encode_alone(self, prompt: str, device: torch.device) -> dict[str, Tensor]:
