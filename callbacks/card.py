@@ -96,7 +96,10 @@ def _figures(fit: dict[str, Any], test: dict[str, Any], updates: int | None) -> 
         return []
     known = {**test, **fit}
     count = [] if updates is None else [f"{updates} updates"]
-    names = [("loss", known.get("loss") or known.get("host")), ("reward", known.get("reward", known.get("trained_reward")))]
+    names = [
+        ("loss", known.get("loss") or known.get("host")),
+        ("reward", known.get("reward", known.get("trained_reward"))),
+    ]
     facts = [f"{name} `{value}`" for name, value in names if value] + [f"lam {known['lam']:g}", *count]
     lines = ["## Figures", "", ", ".join(facts) + ".", ""]
     if fit:
@@ -111,8 +114,8 @@ def _figures(fit: dict[str, Any], test: dict[str, Any], updates: int | None) -> 
         ]
     if test:
         lines += [
-            f"On {test['prompts']} test prompts, {test['samples']} samples of either model from the same noise, standard "
-            "errors clustered by prompt:",
+            f"On {test['prompts']} test prompts, {test['samples']} samples of either model from the same noise, "
+            "standard errors clustered by prompt:",
             "",
             "| | base | tuned | difference |",
             "| --- | --- | --- | --- |",

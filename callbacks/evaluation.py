@@ -86,16 +86,18 @@ class Evaluation(Evaluator, Callback):
         rewards = {}
         for name, make in self.rewards.items():
             if name == type(pl_module.reward).__name__:
-                raise ValueError(f"evaluation.rewards: the trained reward is called {name!r}; give this one another name")
+                raise ValueError(
+                    f"evaluation.rewards: the trained reward is called {name!r}; give this one another name"
+                )
             # What is a reward already is taken as it is: a torchmetrics Metric can be called, but makes none.
             reward = make if isinstance(make, Reward) else make()
             if not isinstance(reward, Reward):
                 raise TypeError(f"evaluation.rewards: {name!r} makes a {type(reward).__name__}, which is no Reward")
             rewards[name] = reward.to(pl_module.device)
             rewards[name].bind(pl_module.predictor)
-        embedding = self.embedding if isinstance(self.embedding, ImageEmbedding) else None
-        if self.embedding is not None and embedding is None:
-            embedding = self.embedding()
+        embedding: Any = self.embedding
+        if embedding is not None and not isinstance(embedding, ImageEmbedding):
+            embedding = embedding()
             if not isinstance(embedding, ImageEmbedding):
                 raise TypeError(f"evaluation.embedding: {type(embedding).__name__} has no embed_images")
         if isinstance(embedding, torch.nn.Module):

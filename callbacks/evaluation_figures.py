@@ -121,5 +121,7 @@ def _warnings(found: Sequence[Pairs], rewards: dict[str, Tensor]) -> list[str]:
     if found[0].prompt is not None and len(found) == 1:
         lines.append("one prompt: the errors are those of its samples, and say nothing of other prompts")
     elif found[0].prompt is not None and len(found) < _FEW:
-        lines.append(f"{len(found)} prompts are few: the errors themselves are rough, and intervals of 1.96 se too short")
+        lines.append(
+            f"{len(found)} prompts are few: the errors themselves are rough, and intervals of 1.96 se too short"
+        )
     return lines

@@ -44,7 +44,9 @@ def write_evaluation(folder: Path, report: dict[str, Any], found: Sequence[Pairs
         set_aside(folder / "evaluation.png")
         base, tuned = ([pairs.images[side] / 255 for pairs in pictured] for side in (0, 1))  # type: ignore[index]
         before_after(folder / "evaluation.png", [pairs.prompt for pairs in pictured], base, tuned)
-    write_text(folder / "evaluation.html", page(report, pictured, measures(report), folder / "metrics.csv", _fit(folder)))
+    write_text(
+        folder / "evaluation.html", page(report, pictured, measures(report), folder / "metrics.csv", _fit(folder))
+    )
     _print(report)
     rank_zero_info(f"Evaluation: {folder / 'evaluation.html'} (and .json, .csv, _samples.csv)")
 
@@ -53,14 +55,14 @@ def measures(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The rows of a table: a name, and estimates by "base", "tuned", "difference"; None where there is none."""
     rows = [(name, estimates) for name, estimates in report["rewards"].items()]
     rows.append(("diversity", report["diversity"]))
-    for name, label in (("path_kl", "path KL to the base"), ("same_noise", "distance from the base's sample")):
+    for name, label in (("path_kl", "path KL"), ("same_noise", "distance")):
         if report["distance"][name] is not None:
             rows.append((label, {"base": None, "tuned": report["distance"][name], "difference": None}))
     return rows
 
 
 def _summary_rows(report: dict[str, Any]) -> Iterable[Sequence[object]]:
-    yield ["measure", *(column for kind in _KINDS for column in (kind, f"{kind}_se")), "samples"]
+    yield ["measure", *(column for kind in _KINDS for column in (kind, f"{kind}_se")), "n"]
     for name, row in measures(report):
         estimates = [row[kind] or {} for kind in _KINDS]
         yield [name, *(e.get(key) for e in estimates for key in ("mean", "se")), row["tuned"]["n"]]
@@ -101,7 +103,7 @@ def _print(report: dict[str, Any]) -> None:
     many = f"{report['prompts']} prompts, " if report["prompts"] else ""
     table = Table(title=f"{many}{report['samples']} samples of either model", box=box.SIMPLE_HEAD, title_style="bold")
     for name in ("", *_KINDS):
-        table.add_column(name, justify="left" if not name else "right")
+        table.add_column(name, justify="left" if not name else "right", no_wrap=bool(name))
     for name, row in measures(report):
         trained = " (trained)" if name == report["trained_reward"] else ""
         table.add_row(Text(name + trained), *(Text(show(row[kind])) for kind in _KINDS))

@@ -7,6 +7,7 @@ not escaped, and all of it is.
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from hashlib import sha256
 from html import escape
@@ -34,7 +35,8 @@ td { font-variant-numeric: tabular-nums } .warning { color: #b58900 }
 .pair { position: relative; width: 9rem; --cut: 50% } .pair img { display: block; width: 100% }
 .pair .base { position: absolute; inset: 0; clip-path: inset(0 calc(100% - var(--cut)) 0 0) }
 .pair::after { content: ""; position: absolute; inset: 0 auto 0 var(--cut); border-left: 2px solid var(--tuned) }
-.pair input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize; z-index: 1 }
+.pair input { position: absolute; inset: 0; width: 100%; height: 100%; margin: 0; opacity: 0; cursor: ew-resize }
+.pair input { z-index: 1 }
 .pair:focus-within { outline: 2px solid var(--tuned) }
 .small { image-rendering: pixelated } .curves { max-width: 100%; background: #fff }
 """
@@ -86,11 +88,16 @@ def page(
 
 
 def show(estimate: dict[str, Any] | None) -> str:
-    """An estimate as a table has it: `0.129 +- 0.0011`; a hyphen for none."""
+    """An estimate as a table has it, to two digits of its error: `0.1290 +- 0.0011`; a hyphen for none."""
     if estimate is None or estimate["mean"] is None:
         return "-"
-    error = "" if estimate["se"] is None else f" +- {estimate['se']:.2g}"
-    return f"{estimate['mean']:.4g}{error}"
+    mean, se = estimate["mean"], estimate["se"]
+    if not se:
+        return f"{mean:.4g}" + ("" if se is None else " +- 0")
+    decimals = max(0, 1 - math.floor(math.log10(se)))
+    if decimals > 6 or se >= 1e6:
+        return f"{mean:.3g} +- {se:.1e}"
+    return f"{mean:.{decimals}f} +- {se:.{decimals}f}"
 
 
 def _head(report: dict[str, Any]) -> list[str]:

@@ -115,9 +115,7 @@ class Judges:
         )  # fmt: skip
 
 
-def _judge(
-    name: str, reward: Reward, images: Tensor, good: Tensor, prompt: str | None, notes: list[str]
-) -> Tensor:
+def _judge(name: str, reward: Reward, images: Tensor, good: Tensor, prompt: str | None, notes: list[str]) -> Tensor:
     """The rewards of the good images, (n,), float64, on the CPU; NaN where there is none, and a note why."""
     values = torch.full((len(images),), torch.nan, dtype=torch.float64)
     n = int(good.sum())
@@ -134,7 +132,7 @@ def _judge(
 
 @torch.no_grad()
 def path_kl(host: Any, sampler: Sampler, path: Trajectory, micro_batch: int | None = None) -> Tensor | None:
-    """`sum_k |u_k|^2 / 2` of each tuned path, (N,), by one evaluation of the base a state; None where it is not defined.
+    """`sum_k |u_k|^2 / 2` of each tuned path, (N,), by one evaluation of the base a state; None where it means nothing.
 
     Args:
         host: what offers the predictor that made the paths.

@@ -43,7 +43,8 @@ def before_after(
         axis.set_yticks([])
         axis.set_ylabel(_label(prompt), rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
         axis.spines[:].set_visible(False)
-    for place, name in ((0.25, "base"), (0.75, "tuned, from the same noise")):
+    tuned_title = "tuned, from the same noise" if len(base[0]) > 2 else "tuned"
+    for place, name in ((0.25, "base"), (0.75, tuned_title)):
         axes[0].text(place, 1.08, name, transform=axes[0].transAxes, ha="center", va="bottom", fontsize=9)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a prompt may be in any script

@@ -1,6 +1,7 @@
 """`lightning-tilt fit | validate | test | predict`: the wiring of LightningCLI, and nothing else.
 
-Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any LightningModule that carries a loss, ours or yours.
+Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any LightningModule that carries a loss, ours
+or yours.
 """
 
 import logging

@@ -36,8 +36,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         prompts: to train on: a UTF-8 file with one prompt a line (blank lines and lines that begin with # are skipped),
-            a `.csv`, `.tsv`, `.json` or `.jsonl` with the column or key `prompt` (another one: `file.csv:column`), a data
-            set on the Hub (`hf://owner/name:split:column`), or a list of strings.
+            a `.csv`, `.tsv`, `.json` or `.jsonl` with the column or key `prompt` (another one: `file.csv:column`), a
+            data set on the Hub (`hf://owner/name:split:column`), or a list of strings.
         batch_size: prompts a batch and process.  Where there are fewer prompts than one batch of all processes takes,
             training repeats them up to one; else the last batch of an epoch may be smaller.
         val_prompts: for validation, in their order; None is `prompts`.

@@ -120,8 +120,8 @@ def _delimited(delimiter: str) -> Callable[[str, str, str], _Found]:
                     continue
                 if len(cells) != len(header):
                     raise ValueError(
-                        f"prompt file {path!r}, line {line}: {len(cells)} cells where the header has {len(header)}; put "
-                        "a prompt with commas, quotes or line ends in double quotes"
+                        f"prompt file {path!r}, line {line}: {len(cells)} cells where the header has {len(header)}; "
+                        "put a prompt with commas, quotes or line ends in double quotes"
                     )
                 yield f"line {line}", cells[place]
         except csv.Error as error:
@@ -159,9 +159,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-        ) from None
+        raise ValueError(f"{where} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} cannot be read as JSON: {error}") from None
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Evaluator", "Sampler", "find_sampler"]
 
 
-class Evaluator(ABC):
+class Evaluator:
     """A callback that samples base and tuned model on the batches of a test, so that the host need not.
 
     It logs `test/reward`, `test/reward_se` and `test/diversity`, as the host would.

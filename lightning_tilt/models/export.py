@@ -25,17 +25,16 @@ def tuned_pipeline(pipeline: Any, denoiser: str, adapted: bool) -> Any:
         return pipeline
     network = copy.deepcopy(pipeline.components[denoiser])
     dtype = network.dtype
-    network.to(torch.float32)
+    # Not diffusers' own `to`, which warns of parts that are to stay in float32: all of it comes here.
+    torch.nn.Module.to(network, torch.float32)
     network.fuse_lora(safe_fusing=True)
     network.unload_lora()
     whole = copy.copy(pipeline)
-    whole.register_modules(**{denoiser: network.to(dtype)})
+    whole.register_modules(**{denoiser: torch.nn.Module.to(network, dtype)})
     return whole
 
 
-def how_to_load(
-    pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps: int, guidance_scale: float
-) -> str:
+def how_to_load(pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps: int, guidance_scale: float) -> str:
     """Python that loads an exported folder in plain diffusers and draws an image.
 
     Args:
