@@ -39,7 +39,7 @@ class Pairs:
         kl: `sum_k |u_k|^2 / 2` of the tuned paths, (n,); None where the chain has none.
         images: base's and tuned model's first ones, (2, m, 3, H, W), uint8; None where none are shown.
         is_image: whether samples decode to images.
-        notes: what a judge could not judge, and why.
+        refused: why a reward, by name, has nothing to say of this prompt.
     """
 
     prompt: str | None
@@ -49,7 +49,7 @@ class Pairs:
     kl: Tensor | None
     images: Tensor | None
     is_image: bool
-    notes: list[str]
+    refused: dict[str, str]
 
     def __len__(self) -> int:
         return next(iter(self.rewards.values())).shape[1]
@@ -110,14 +110,19 @@ def _estimate(values: Tensor, cluster: Tensor) -> dict[str, float | int | None]:
 
 
 def _warnings(found: Sequence[Pairs], rewards: dict[str, Tensor]) -> list[str]:
-    lines = list(dict.fromkeys(note for pairs in found for note in pairs.notes))
-    for name, values in rewards.items():
+    lines = []
+    for name in rewards:
+        refused = [pairs for pairs in found if name in pairs.refused]
+        if refused:
+            many = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+            lines.append(f"{name} has no value for {_about(refused[0])}{many}: {refused[0].refused[name]}")
+        heard = [pairs for pairs in found if name not in pairs.refused]
         for kind, row in enumerate(("the base", "the tuned model")):
-            count = int((~values[kind].isfinite()).sum())
-            where = [p.prompt for p in found if not bool(p.rewards[name][kind].isfinite().all())]
-            named = f" (first {where[0]!r})" if count and where[0] is not None else ""
-            if count:
-                lines.append(f"{name}: {count} of {values.shape[1]} samples of {row} have no finite value{named}")
+            counts = [int((~pairs.rewards[name][kind].isfinite()).sum()) for pairs in heard]
+            if sum(counts):
+                first = next(pairs for pairs, count in zip(heard, counts, strict=True) if count)
+                of = f"{sum(counts)} of {sum(map(len, heard))} samples of {row}"
+                lines.append(f"{name}: {of} have no finite value, the first of {_about(first)}; they are left out")
     if found[0].prompt is not None and len(found) == 1:
         lines.append("one prompt: the errors are those of its samples, and say nothing of other prompts")
     elif found[0].prompt is not None and len(found) < _FEW:
@@ -125,3 +130,7 @@ def _warnings(found: Sequence[Pairs], rewards: dict[str, Tensor]) -> list[str]:
             f"{len(found)} prompts are few: the errors themselves are rough, and intervals of 1.96 se too short"
         )
     return lines
+
+
+def _about(pairs: Pairs) -> str:
+    return "the density" if pairs.prompt is None else repr(pairs.prompt)

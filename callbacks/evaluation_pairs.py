@@ -35,7 +35,7 @@ class _Look:
     features: Tensor
     images: Tensor | None
     is_image: bool
-    notes: list[str]
+    refused: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Judges:
             kl=None if kl is None else torch.where(two.good, kl.double().cpu(), torch.nan),
             images=None if one.images is None or two.images is None else torch.stack([one.images, two.images]),
             is_image=one.is_image,
-            notes=list(dict.fromkeys(one.notes + two.notes)),
+            refused=one.refused | two.refused,
         )
 
     def _look(self, host: Any, path: Trajectory, prompt: str | None, shown: int) -> _Look:
@@ -96,13 +96,13 @@ class Judges:
         rewards = {name: torch.full((len(path),), torch.nan, dtype=torch.float64) for name in self.rewards}
         features: list[Tensor] = []
         kept: list[Tensor] = []
-        notes: list[str] = []
+        refused: dict[str, str] = {}
         is_image = False
         for i in slices(len(path), self.micro_batch):
             images = host.predictor.decode(path.end[i])
             is_image = images.ndim == 4
             for name, reward in self.rewards.items():
-                rewards[name][i] = _judge(name, reward, images, good[i], prompt, notes)
+                rewards[name][i] = _judge(name, reward, images, good[i], prompt, refused)
             embed = self.embedding.embed_images if is_image and self.embedding is not None else torch.Tensor.float
             features.append(embed(images).float().cpu())
             if is_image and i.start < shown:
@@ -111,19 +111,20 @@ class Judges:
         trained = torch.where(good, path.reward.double(), torch.nan).cpu()
         return _Look(
             {type(host.reward).__name__: trained, **rewards}, good.cpu(), torch.cat(features),
-            torch.cat(kept) if kept else None, is_image, notes,
+            torch.cat(kept) if kept else None, is_image, refused,
         )  # fmt: skip
 
 
-def _judge(name: str, reward: Reward, images: Tensor, good: Tensor, prompt: str | None, notes: list[str]) -> Tensor:
-    """The rewards of the good images, (n,), float64, on the CPU; NaN where there is none, and a note why."""
+def _judge(
+    name: str, reward: Reward, images: Tensor, good: Tensor, prompt: str | None, refused: dict[str, str]
+) -> Tensor:
+    """The rewards of the good images, (n,), float64, on the CPU; NaN where there is none, and why in `refused`."""
     values = torch.full((len(images),), torch.nan, dtype=torch.float64)
     n = int(good.sum())
     try:
         score = reward.score(images[good], None if prompt is None else [prompt] * n) if n else torch.zeros(0)
     except ValueError as error:  # rewards refuse prompts that they cannot judge
-        about = "the samples" if prompt is None else repr(prompt)
-        notes.append(f"{name} has no value for {about}: {' '.join(str(error).split())}")
+        refused[name] = " ".join(str(error).split())
         return values
     score = score.double().cpu()
     values[good.cpu()] = torch.where(score.isfinite(), score, torch.nan)

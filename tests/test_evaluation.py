@@ -154,7 +154,7 @@ def test_failures_of_rewards_are_named_and_the_rest_goes_on(trained: bool, tmp_p
     report = run(tmp_path, images(), evaluation, PromptDataModule(WORDS, batch_size=2), reward)
     told = "\n".join(report["warnings"])
     assert "picky has no value for 'seven': sevens are beyond me" in told
-    assert re.search(r"Sometimes: \d+ of 24 samples of the base have no finite value \(first '\w+'\)", told)
+    assert re.search(r"Sometimes: \d+ of 24 samples of the base have no finite value, the first of '\w+'", told)
     some = report["rewards"]["Sometimes"]["base"]
     assert 0 < some["n"] < 24 and math.isfinite(some["mean"])
     assert report["rewards"]["picky"]["base"]["n"] == (

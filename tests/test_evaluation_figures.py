@@ -56,7 +56,7 @@ def pairs(prompt: str | None, base: list[float], tuned: list[float], **changes: 
     values = torch.tensor([base, tuned], dtype=torch.float64)
     fields: dict[str, Any] = {
         "rewards": {"Ink": values, "other": 10 * values}, "diversity": [1.0, 2.0], "moved": values[1], "kl": values[0],
-        "images": None, "is_image": True, "notes": [],
+        "images": None, "is_image": True, "refused": {},
     }  # fmt: skip
     return Pairs(prompt, **(fields | changes))
 
@@ -64,7 +64,7 @@ def pairs(prompt: str | None, base: list[float], tuned: list[float], **changes: 
 def test_figures_are_naive_sums() -> None:
     found = [
         pairs("a", [1.0, 2.0], [2.0, 5.0], diversity=[1.0, 3.0]),
-        pairs("b", [0.0, NAN], [1.0, 1.0], diversity=[2.0, NAN], notes=["other has no value for 'b': it said so"]),
+        pairs("b", [0.0, NAN], [1.0, 1.0], diversity=[2.0, NAN], refused={"other": "it said so"}),
         pairs("c", [4.0, 1.0], [4.0, NAN], diversity=[4.0, 5.0]),
     ]
     report = figures(found, "Ink", "decoded images")
@@ -83,11 +83,10 @@ def test_figures_are_naive_sums() -> None:
     assert close(report["distance"]["path_kl"], [[1, 2], [0], [4, 1]])
     assert (report["prompts"], report["samples"], report["trained_reward"]) == (3, 6, "Ink")
     told = "\n".join(report["warnings"])
-    assert "it said so" in told and "Ink: 1 of 6 samples of the base have no finite value (first 'b')" in told
-    assert (
-        "Ink: 1 of 6 samples of the tuned model have no finite value (first 'c')" in told
-        and "3 prompts are few" in told
-    )
+    assert "other has no value for 'b': it said so" in told and "3 prompts are few" in told
+    assert "Ink: 1 of 6 samples of the base have no finite value, the first of 'b'" in told
+    assert "Ink: 1 of 6 samples of the tuned model have no finite value, the first of 'c'" in told
+    assert "other: 1 of 4 samples of the tuned model" in told and "other: 1 of 4 samples of the base" not in told
 
 
 def test_pairing_takes_out_what_a_prompt_and_its_noise_share() -> None:
