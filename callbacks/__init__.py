@@ -5,6 +5,7 @@ from .density_picture import DensityPicture
 from .ema import ExponentialMovingAverage
 from .encode_prompts import EncodePrompts
 from .ess_curves import EssCurves
+from .evaluation import Evaluation
 from .export import ExportWeights
 from .predictions import PredictionWriter
 from .progress import TiltProgressBar
@@ -19,6 +20,7 @@ __all__ = [
     "DensityPicture",
     "EncodePrompts",
     "EssCurves",
+    "Evaluation",
     "ExponentialMovingAverage",
     "ExportWeights",
     "PredictionWriter",

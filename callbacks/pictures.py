@@ -1,8 +1,10 @@
 """Pictures of a run: before and after, the curves, the reward's distribution."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from textwrap import wrap
+from typing import IO, Any
 
 import torch
 from matplotlib.axes import Axes
@@ -39,12 +41,21 @@ def before_after(
         axis.imshow(row.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
-        axis.set_ylabel(prompt or "", rotation=0, ha="right", va="center", fontsize=8)
+        axis.set_ylabel(_label(prompt), rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
         axis.spines[:].set_visible(False)
-    for place, name in ((0.25, "base"), (0.75, "tuned, from the same noise")):
+    tuned_title = "tuned, from the same noise" if len(base[0]) > 2 else "tuned"
+    for place, name in ((0.25, "base"), (0.75, tuned_title)):
         axes[0].text(place, 1.08, name, transform=axes[0].transAxes, ha="center", va="bottom", fontsize=9)
-    figure.savefig(path, dpi=150)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a prompt may be in any script
+        figure.savefig(path, dpi=150)
     return None
+
+
+def _label(prompt: str | None) -> str:
+    """A prompt as the label of a row: at most three lines, nothing that draws otherwise than as a character."""
+    text = "".join(c if c.isprintable() else " " for c in prompt or "")
+    return "\n".join(wrap(text, 26, max_lines=3, placeholder=" ..."))
 
 
 def image_grid(path: str | Path, images: Tensor, columns: int, gap: int = 2) -> None:
@@ -102,16 +113,19 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
     figure.savefig(path, dpi=150)
 
 
-def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> None:
+def curves(path: str | Path | IO[bytes], metrics: str | Path, report: dict[str, Any]) -> bool:
     """Draw reward, ESS and loss over the updates.
 
     Args:
         path: the PNG to write.
         metrics: the run's metrics.csv.
-        report: the run's report: its base and exact rewards are drawn as lines.
+        report: the run's report: its base and exact rewards, where it has them, are drawn as lines.
+
+    Returns:
+        Whether there was anything to draw.
     """
     columns = read_metrics(metrics)
-    panels = [c for c in ("train/reward", "train/ess", "train/loss") if c in columns]
+    panels = [c for c in ("train/reward", "train/ess", "train/loss") if any(v == v for v in columns.get(c, []))]
     figure = Figure(figsize=(4.2 * max(len(panels), 1), 3.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, max(len(panels), 1), squeeze=False)[0], panels, strict=False):
         points = [(s, v) for s, v in zip(columns["step"], columns[name], strict=True) if v == v]
@@ -121,13 +135,17 @@ def curves(path: str | Path, metrics: str | Path, report: dict[str, Any]) -> Non
         tidy(axis)
         if name == "train/reward":
             for key, colour in (("reward_base", BASE), ("reward_exact", EXACT)):
+                if key not in report:
+                    continue
                 axis.axhline(report[key]["mean"], color=colour, lw=1.2, ls="--", label=key.removeprefix("reward_"))
-            axis.legend(frameon=False, fontsize=8, loc="lower right")
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(frameon=False, fontsize=8, loc="lower right")
         elif name == "train/ess":
             axis.set_ylim(0, 1.02)
         elif min(v for _, v in points) > 0:
             axis.set_yscale("log")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, format="png")
+    return bool(panels)
 
 
 def _scatter(path: str | Path, base: Tensor, tuned: Tensor) -> None:

@@ -69,9 +69,16 @@ class SteeredSampler(TrajectorySampler):
     ) -> Trajectory:
         """As `TrajectorySampler.rollout`, of steered particles: a record of end points alone, with log weights gone.
 
+        With `base` a plain rollout of the base, which steered samples are compared with.
+
         Raises:
             TypeError: if the host is no loss, whose lam is the tilt.
         """
+        if base:
+            return super().rollout(
+                host, batch, stream=stream, number=number, reward_gradient=reward_gradient, base=True,
+                samples_per_condition=samples_per_condition, world=world,
+            )  # fmt: skip
         if not isinstance(host, Loss):
             raise TypeError(f"steering takes lam from a loss, and {type(host).__name__} is none")
         prompts, draws = prompts_of(batch)

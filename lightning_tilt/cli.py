@@ -1,6 +1,7 @@
 """`lightning-tilt fit | validate | test | predict`: the wiring of LightningCLI, and nothing else.
 
-Four blocks: `model: data: sampler: trainer:`.  The model is any LightningModule that carries a loss, ours or yours.
+Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any LightningModule that carries a loss, ours
+or yours.
 """
 
 import logging
@@ -31,7 +32,7 @@ import lightning_tilt.rewards
 import lightning_tilt.rewards.energies
 import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
-from lightning_tilt.callbacks import PredictionWriter, SteeredSampler, TrajectorySampler
+from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, set_aside
@@ -112,8 +113,9 @@ class TiltCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The sampler is a block of its own, and so is steering, which is off unless asked for."""
+        """Blocks of their own: the sampler, what a test evaluates, and steering, which is off unless asked for."""
         parser.add_lightning_class_args(TrajectorySampler, "sampler")
+        parser.add_lightning_class_args(Evaluation, "evaluation")
         parser.add_argument(
             "--steering",
             type=Literal["none", "smc"],

@@ -7,12 +7,12 @@ with seeds of their own and report the reward with its standard error; predictio
 from typing import Any
 
 import torch
-from lightning import LightningModule
+from lightning import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_tilt.chain import slices
-from lightning_tilt.interfaces import Loss, Predictor, Reward, find_sampler
+from lightning_tilt.interfaces import Evaluator, Loss, Predictor, Reward, find_sampler
 from lightning_tilt.interfaces.not_finite import agree
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
@@ -95,8 +95,9 @@ class TiltModule(LightningModule):
         self._look(batch, batch_idx, "validate")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """The same on the test prompts."""
-        self._look(batch, batch_idx, "test")
+        """The same on the test prompts, unless an `Evaluation` samples them anyway."""
+        if not self._evaluated:
+            self._look(batch, batch_idx, "test")
 
     def on_validation_epoch_end(self) -> None:
         """Log `val/reward`, its standard error `val/reward_se`, and `val/diversity`."""
@@ -104,7 +105,8 @@ class TiltModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log `test/reward`, its standard error `test/reward_se`, and `test/diversity`."""
-        self._report("test")
+        if not self._evaluated:
+            self._report("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Images of the current model: {"images": (N, ...), "prompts": list or None, "reward": (N,)}, on the CPU."""
@@ -114,6 +116,11 @@ class TiltModule(LightningModule):
             "prompts": trajectory.prompts,
             "reward": trajectory.reward.cpu(),
         }
+
+    @property
+    def _evaluated(self) -> bool:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(c, Evaluator) for c in callbacks)
 
     def _look(self, batch: Any, batch_idx: int, stream: Stream) -> None:
         try:

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json"]
+__all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json", "write_text"]
 
 _DIAGNOSTICS = ("target_variance", "adjoint_norm", "work", "ess", "density")
 
@@ -16,9 +16,15 @@ RUN_OUTPUTS = (
     "config.yaml",
     "metrics.csv",
     "report.json",
+    "evaluation.json",
+    "evaluation.csv",
+    "evaluation_samples.csv",
+    "evaluation.html",
+    "evaluation.png",
     "checkpoints",
     "lora",
     "weights",
+    "pipeline",
     "predictions",
     "predictions_[0-9]*",
     "before_after.png",
@@ -65,9 +71,14 @@ def set_aside(path: str | Path) -> None:
 
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all; an earlier one is kept under the next free number."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """The same of a text file, in UTF-8; what has no UTF-8 is written as an escape."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     set_aside(path)
     draft.replace(path)

@@ -1,4 +1,4 @@
-"""Prompts: one a line of a file; a batch is a plain list of strings.
+"""Batches of prompts: a batch is a plain list of strings.
 
 The order of an epoch depends on `(seed, epoch)` alone, never on a global random state.  With several processes, every
 one takes each n-th prompt of the same order: two processes with batches of 4 see together what one with batches of 8
@@ -7,50 +7,15 @@ sees.
 
 from collections.abc import Sequence
 from itertools import cycle, islice
-from pathlib import Path
 
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
 from lightning_tilt.data.loader import Loader
+from lightning_tilt.data.sources import PromptSource, read_prompts
 
 __all__ = ["PromptDataModule", "PromptSource", "read_prompts"]
-
-PromptSource = str | Path | list[str]
-"""A file with one prompt a line, or the prompts themselves."""
-
-
-def read_prompts(source: PromptSource) -> list[str]:
-    """The prompts of a file, one a line, or of a list.
-
-    A file is UTF-8; a byte-order mark, any line ends, and white space around a prompt are dropped; blank lines and
-    lines that begin with `#` are skipped.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, no text, or holds no prompt.
-    """
-    if not isinstance(source, (str, Path)):
-        if not source or not all(isinstance(prompt, str) for prompt in source):
-            raise ValueError(f"prompts must be a file or a list of at least one string, not {source!r}")
-        return list(source)
-    file = Path(source).expanduser()
-    if file.is_dir():
-        raise ValueError(f"prompts {str(source)!r} is a folder; give a text file with one prompt a line")
-    if not file.is_file():
-        raise FileNotFoundError(f"there is no prompt file {str(source)!r}; give a text file with one prompt a line")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise ValueError(f"prompt file {str(source)!r} is no UTF-8 text; give a text file with one prompt a line")
-    prompts = [line.strip() for line in text.split("\n")]
-    prompts = [prompt for prompt in prompts if prompt and not prompt.startswith("#")]
-    if not prompts:
-        raise ValueError(f"prompt file {str(source)!r} holds no prompt; write one a line")
-    return prompts
 
 
 class _Strings(Dataset[str]):
@@ -71,7 +36,8 @@ class PromptDataModule(LightningDataModule):
 
     Args:
         prompts: to train on: a UTF-8 file with one prompt a line (blank lines and lines that begin with # are skipped),
-            or a list of strings.
+            a `.csv`, `.tsv`, `.json` or `.jsonl` with the column or key `prompt` (another one: `file.csv:column`), a
+            data set on the Hub (`hf://owner/name:split:column`), or a list of strings.
         batch_size: prompts a batch and process.  Where there are fewer prompts than one batch of all processes takes,
             training repeats them up to one; else the last batch of an epoch may be smaller.
         val_prompts: for validation, in their order; None is `prompts`.
@@ -83,7 +49,7 @@ class PromptDataModule(LightningDataModule):
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is empty, a folder or no text, or the batch size is not positive.
+        ValueError: if a file is empty, a folder, no text or malformed, or the batch size is not positive.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ and Crooks step by step.
 """
 
 from lightning_tilt.identities.bounds import bennett, elbo, eubo
-from lightning_tilt.identities.estimate import Estimate, jackknifed, mean, stratified
+from lightning_tilt.identities.estimate import Estimate, clustered, jackknifed, mean, stratified
 from lightning_tilt.identities.marginals import (
     backward_drift,
     crooks_step,
@@ -28,6 +28,7 @@ __all__ = [
     "Treatment",
     "backward_drift",
     "bennett",
+    "clustered",
     "crooks_step",
     "divergence",
     "elbo",

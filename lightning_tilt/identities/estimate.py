@@ -6,14 +6,23 @@ From n estimates e_i that leave one sample out (Miller 1974, "The jackknife")
 
 which takes a bias of O(1/n) to one of O(1/n^2).  The mean over many strata (prompts) keeps the bias of one while its
 standard error shrinks: so what goes into strata is jackknifed.
+
+Samples that share a prompt are alike, so N of them know less than N independent ones.  With clusters g = 1 ... G (the
+prompts), the mean m of all y_gi has (Liang and Zeger 1986; Cameron and Miller 2015, eq. 6)
+
+    se(m)^2 = G/(G - 1) sum_g ( sum_i (y_gi - m) )^2 / N^2
+
+which for clusters of equal size is the variance of the G cluster means over G.  It speaks of other prompts like these,
+where the error of strata speaks of these prompts alone.
 """
 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Estimate", "jackknifed", "mean", "stratified"]
+__all__ = ["Estimate", "clustered", "jackknifed", "mean", "stratified"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,31 @@ def mean(f: Tensor) -> Estimate:
     n = f.numel()
     se = float(f.std() / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(float(f.mean()), se, n)
+
+
+def clustered(values: Tensor, cluster: Tensor) -> Estimate:
+    """The mean of all values, with the standard error that clusters (prompts) drawn at random give it.
+
+    Args:
+        values: (N,).
+        cluster: which cluster each value is of, (N,), integer.
+
+    Returns:
+        The mean; its error is NaN for fewer than two clusters.
+
+    Example:
+        >>> clustered(torch.tensor([0.0, 2.0, 4.0, 6.0]), torch.tensor([7, 7, 9, 9])).as_dict()
+        {'mean': 3.0, 'se': 2.0, 'n': 4}
+    """
+    y, n = values.double(), values.numel()
+    if n == 0:
+        return Estimate(math.nan, math.nan, 0)
+    m = y.mean()
+    names, place = cluster.unique(return_inverse=True)
+    g = len(names)
+    sums = torch.zeros(g, dtype=torch.float64, device=y.device).index_add_(0, place, y - m)
+    se = float((g / (g - 1) * (sums**2).sum()).sqrt() / n) if g > 1 else math.nan
+    return Estimate(float(m), se, n)
 
 
 def stratified(estimates: list[Estimate]) -> Estimate:

@@ -8,11 +8,12 @@ from lightning_tilt.interfaces.loss import LamSchedule, Loss
 from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
-from lightning_tilt.interfaces.sampler import Sampler, find_sampler
+from lightning_tilt.interfaces.sampler import Evaluator, Sampler, find_sampler
 
 __all__ = [
     "BadPolicy",
     "Condition",
+    "Evaluator",
     "ExportablePredictor",
     "ImageEmbedding",
     "KnownLaw",

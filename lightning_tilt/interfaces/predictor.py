@@ -126,6 +126,29 @@ class ExportablePredictor(Predictor):
     def save(self, folder: str | Path) -> None:
         """Write what was trained into `folder`."""
 
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write the whole tuned model into `folder`, usable without its base.
+
+        Raises:
+            TypeError: if there is no such format.
+        """
+        raise TypeError(f"{type(self).__name__} has no format for the whole model; export what: weights")
+
+    @property
+    def origin(self) -> str:
+        """The name of what was tuned, a folder or a name on the Hub; empty if it has none."""
+        return ""
+
+    def how_to_load(self, whole: bool, steps: int, guidance_scale: float) -> str:
+        """Python that loads the exported `FOLDER`, for its model card; empty if nothing is known.
+
+        Args:
+            whole: whether it is the whole model, not only what was trained.
+            steps: of the chain that was tuned.
+            guidance_scale: of that chain.
+        """
+        return ""
+
 
 def _learn_prefix(module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
     """Remember where in the host this predictor stands: the hook below is not told."""

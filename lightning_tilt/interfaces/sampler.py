@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from lightning_tilt.noise import Stream
     from lightning_tilt.transition import Transition
 
-__all__ = ["Sampler", "find_sampler"]
+__all__ = ["Evaluator", "Sampler", "find_sampler"]
+
+
+class Evaluator:
+    """A callback that samples base and tuned model on the batches of a test, so that the host need not.
+
+    It logs `test/reward`, `test/reward_se` and `test/diversity`, as the host would.
+    """
 
 
 class Sampler(ABC):

@@ -23,6 +23,7 @@ from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Condition, Predictor
 from lightning_tilt.models.compiling import CompileMode, check_compile_mode, compile_in_place
 from lightning_tilt.models.embeddings import PromptEmbeddings, identity_of
+from lightning_tilt.models.export import how_to_load, tuned_pipeline
 from lightning_tilt.models.loading import Dtype, load_pipeline, load_tiny_vae, torch_dtype
 from lightning_tilt.models.lora import adapters_off, add_lora, lora_metadata, lora_weights
 from lightning_tilt.models.text_conditioned import TextConditioned
@@ -214,6 +215,19 @@ class LatentDiffusion(TextConditioned):
         type(self._pipeline).save_lora_weights(
             str(folder), **{layers: lora_weights(self.network), metadata: lora_metadata(self.network)}
         )
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write the whole tuned pipeline, adapters merged, for `DiffusionPipeline.from_pretrained(folder)`."""
+        tuned_pipeline(self._pipeline, self.denoiser, bool(self._adapted)).save_pretrained(folder)
+
+    @property
+    def origin(self) -> str:
+        """The folder or Hub name that the pipeline was loaded from."""
+        return str(self._pipeline.name_or_path)
+
+    def how_to_load(self, whole: bool, steps: int, guidance_scale: float) -> str:
+        """Python for plain diffusers."""
+        return how_to_load(self._pipeline, self.denoiser, bool(self._adapted), whole, steps, guidance_scale)
 
     def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """Shape of one latent for images of `height` x `width` pixels."""

@@ -1,0 +1,214 @@
+"""Where prompts come from: a list, a text file, a column of a table, a list in JSON, a data set on the Hub.
+
+    prompts.txt                        one a line; blank lines and lines that begin with # are skipped
+    prompts.csv   prompts.tsv          the column `prompt`
+    prompts.json                       a list of strings, or of objects with the key `prompt`
+    prompts.jsonl                      a string or an object a line
+    prompts.csv:caption                another column or key
+    hf://owner/name:split:column       of a data set on the Hub (library `datasets`); `train` and `prompt` if left out,
+                                       `hf://owner/name/config@revision:train[:100]:caption` with everything
+
+Files are UTF-8, with or without a byte-order mark.  They are read as data and nothing else; a prompt is whatever the
+text is, without white space around it.  A malformed file is refused with the line, and never half read.
+"""
+
+import csv
+import importlib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PromptSource", "read_prompts"]
+
+PromptSource = str | Path | list[str]
+"""Where prompts are (see the module), or the prompts themselves."""
+
+_TABLE = re.compile(r"(?P<file>.+\.(?:csv|tsv|json|jsonl|ndjson))(?::(?P<column>[^/\\]*))?", re.IGNORECASE | re.DOTALL)
+_HUB = re.compile(
+    r"hf://(?P<name>[\w.-]+(?:/[\w.-]+)?)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[^:]+))?"
+    r"(?::(?P<split>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<column>.+))?"
+)
+_MEND = "give a text file with one prompt a line"
+
+
+def read_prompts(source: PromptSource) -> list[str]:
+    """The prompts of a file, of a data set on the Hub, or of a list.
+
+    Args:
+        source: see the module.
+
+    Raises:
+        FileNotFoundError: if there is no such file, or the Hub or the data set cannot be reached.
+        ModuleNotFoundError: if a data set is asked for and `datasets` is not installed.
+        ValueError: if it is a folder, no text, malformed, or holds no prompt.
+    """
+    if not isinstance(source, (str, Path)):
+        if not source or not all(isinstance(prompt, str) for prompt in source):
+            raise ValueError(f"prompts must be a file or a list of at least one string, not {source!r}")
+        return list(source)
+    if str(source).startswith("hf:"):
+        return _hub(str(source))
+    column, path = "prompt", str(source)
+    table = _TABLE.fullmatch(path)
+    if table is not None and not Path(path).expanduser().exists():
+        path, column = table["file"], column if table["column"] is None else table["column"]
+    file = Path(path).expanduser()
+    text = _text(file, str(source))
+    reader = _READERS.get(file.suffix.lower(), _lines)
+    prompts = [_checked(value, f"prompt file {path!r}, {where}") for where, value in reader(text, path, column)]
+    if not prompts:
+        raise ValueError(f"prompt file {path!r} holds no prompt; write one a line")
+    return prompts
+
+
+def _text(file: Path, source: str) -> str:
+    if file.is_dir():
+        raise ValueError(f"prompts {source!r} is a folder; {_MEND}")
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no prompt file {source!r}; {_MEND}")
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # bytes: line ends within a cell or a string are its own
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise ValueError(f"prompt file {source!r} is no UTF-8 text; {_MEND}")
+    return text
+
+
+def _checked(value: object, where: str) -> str:
+    """A prompt without white space around it."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: a prompt is a string, not {_short(value)}")
+    prompt = value.strip()
+    if not prompt:
+        raise ValueError(f"{where}: the prompt is empty; remove it, or write one")
+    if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"{where}: the prompt has a character that is no text (a NUL, or half a surrogate pair)")
+    return prompt
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+_Found = Iterable[tuple[str, object]]
+
+
+def _lines(text: str, path: str, column: str) -> _Found:
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if line.strip() and not line.strip().startswith("#"):
+            yield f"line {number}", line
+
+
+def _delimited(delimiter: str) -> Callable[[str, str, str], _Found]:
+    def rows(text: str, path: str, column: str) -> _Found:
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        last = 0
+        try:
+            for cells in reader:
+                line, last = last + 1, reader.line_num
+                if not any(cell.strip() for cell in cells):
+                    continue
+                if header is None:
+                    header = [name.strip() for name in cells]
+                    place = _place(header, column, path)
+                    continue
+                if len(cells) != len(header):
+                    raise ValueError(
+                        f"prompt file {path!r}, line {line}: {len(cells)} cells where the header has {len(header)}; "
+                        "put a prompt with commas, quotes or line ends in double quotes"
+                    )
+                yield f"line {line}", cells[place]
+        except csv.Error as error:
+            raise ValueError(f"prompt file {path!r}, line {last + 1}: {error}") from None
+
+    return rows
+
+
+def _place(header: list[str], column: str, path: str) -> int:
+    if header.count(column) != 1:
+        found = "has several columns" if column in header else "has no column"
+        raise ValueError(
+            f"prompt file {path!r} {found} {column!r}; its first line names {', '.join(map(_short, header[:20]))}: "
+            f"give {path}:COLUMN"
+        )
+    return header.index(column)
+
+
+def _json(text: str, path: str, column: str) -> _Found:
+    content = _parsed(text, f"prompt file {path!r}")
+    if not isinstance(content, list):
+        raise ValueError(f"prompt file {path!r} holds {_short(content)}, where a list of prompts should be")
+    for number, entry in enumerate(content, 1):
+        yield f"entry {number}", _entry(entry, f"prompt file {path!r}, entry {number}", path, column)
+
+
+def _json_lines(text: str, path: str, column: str) -> _Found:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"prompt file {path!r}, line {number}"
+            yield f"line {number}", _entry(_parsed(line, where), where, path, column)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is no JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} cannot be read as JSON: {error}") from None
+
+
+def _entry(entry: object, where: str, path: str, key: str) -> object:
+    if not isinstance(entry, dict):
+        return entry
+    if key not in entry:
+        raise ValueError(
+            f"{where} has no key {key!r}; it has {', '.join(map(_short, list(entry)[:20])) or 'none'}: give {path}:KEY"
+        )
+    return entry[key]
+
+
+_READERS: dict[str, Callable[[str, str, str], _Found]] = {
+    ".csv": _delimited(","),
+    ".tsv": _delimited("\t"),
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+}
+
+
+def _hub(source: str) -> list[str]:
+    """A column of a data set on the Hub, without running any code of it."""
+    match = _HUB.fullmatch(source)
+    if match is None:
+        raise ValueError(f"prompts {source!r}: a data set is hf://owner/name:split:column")
+    try:
+        datasets = importlib.import_module("datasets")
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"prompts {source!r} need the library datasets: pip install 'lightning-tilt[hub]'"
+        ) from None
+    if int(datasets.__version__.split(".")[0]) < 4:  # older ones may run a data set's own script
+        raise ValueError(f"prompts {source!r} need datasets >= 4, and {datasets.__version__} is installed")
+    split, column = match["split"] or "train", match["column"] or "prompt"
+    try:
+        table = datasets.load_dataset(match["name"], match["config"], split=split, revision=match["revision"])
+    except Exception as error:  # of the network, the Hub, the files, the name of the split: many classes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FileNotFoundError(
+            f"prompts {source!r} could not be loaded: {reason}; check the name, the split, the connection and, for a "
+            "gated data set, `hf auth login`"
+        ) from None
+    if column not in table.column_names:
+        raise ValueError(f"prompts {source!r}: no column {column!r}; it has {', '.join(table.column_names)}")
+    values = table.select_columns([column])[column]
+    prompts = [_checked(value, f"prompts {source!r}, row {i}") for i, value in enumerate(values)]
+    if not prompts:
+        raise ValueError(f"prompts {source!r}: the split holds no row")
+    return prompts

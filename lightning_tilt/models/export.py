@@ -1,0 +1,72 @@
+"""A tuned diffusers pipeline as a whole, and what whoever gets it has to type.
+
+Adapters are merged into a copy of the denoiser, in float32, and rounded once to the dtype that it was loaded in:
+
+    W  <-  W + (alpha / rank) B A
+"""
+
+import copy
+from typing import Any
+
+import torch
+
+__all__ = ["how_to_load", "tuned_pipeline"]
+
+
+def tuned_pipeline(pipeline: Any, denoiser: str, adapted: bool) -> Any:
+    """The pipeline with the tuned denoiser and without adapters; the given one is left as it is.
+
+    Args:
+        pipeline: the diffusers pipeline around the network that was tuned.
+        denoiser: name of that component.
+        adapted: whether it has adapters; else its own weights were tuned, and are shared.
+    """
+    if not adapted:
+        return pipeline
+    network = copy.deepcopy(pipeline.components[denoiser])
+    dtype = network.dtype
+    # Not diffusers' own `to`, which warns of parts that are to stay in float32: all of it comes here.
+    torch.nn.Module.to(network, torch.float32)
+    network.fuse_lora(safe_fusing=True)
+    network.unload_lora()
+    whole = copy.copy(pipeline)
+    whole.register_modules(**{denoiser: torch.nn.Module.to(network, dtype)})
+    return whole
+
+
+def how_to_load(pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps: int, guidance_scale: float) -> str:
+    """Python that loads an exported folder in plain diffusers and draws an image.
+
+    Args:
+        pipeline: the pipeline that was tuned.
+        denoiser: name of the component that was tuned.
+        adapted: whether by adapters.
+        whole: whether the folder is the whole pipeline.
+        steps: of the chain that was tuned.
+        guidance_scale: of that chain.
+    """
+    kind, network = type(pipeline).__name__, type(pipeline.components[denoiser]).__name__
+    base = str(pipeline.name_or_path)
+    if whole:
+        lines = ["from diffusers import DiffusionPipeline", "", "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"]
+    elif adapted:
+        lines = [
+            f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({base!r})",
+            "pipeline.load_lora_weights(FOLDER)",
+        ]  # fmt: skip
+    else:
+        lines = [
+            f"from diffusers import {kind}, {network}", "",
+            f"tuned = {network}.from_pretrained(FOLDER, subfolder={denoiser!r})",
+            f"pipeline = {kind}.from_pretrained({base!r}, {denoiser}=tuned)",
+        ]  # fmt: skip
+    call = f'"a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}'
+    if "beta_schedule" in pipeline.scheduler.config:
+        lines[0] += "\nfrom diffusers import DDIMScheduler"
+        lines += [
+            "pipeline.scheduler = DDIMScheduler.from_config(",
+            '    pipeline.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False',
+            ")",
+        ]
+        call += ", eta=1.0"
+    return "\n".join([*lines, f"image = pipeline({call}).images[0]"])
