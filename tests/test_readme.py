@@ -1,4 +1,8 @@
-"""The README is true: its Python runs, its commands parse, its links and configs exist."""
+"""The README and the pages under docs/ are true: their Python runs, their commands parse, what they name exists.
+
+A block of Python that begins with a comment like `# my_rewards.py` is that file, importable by what follows it; the
+blocks of a page run one after the other, in one scope, and assert what they show.
+"""
 
 import re
 import shlex
@@ -6,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from toys import trainer
@@ -14,22 +19,49 @@ from lightning_tilt.cli import main
 from lightning_tilt.rewards import Ink
 
 ROOT = Path(__file__).parent.parent
-TEXT = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-COMMANDS = [line.strip() for line in TEXT.splitlines() if line.startswith("    lightning-tilt ")]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
+COMMANDS = [
+    (page, line.strip()) for page, text in PAGES.items() for line in text.splitlines()
+    if line.startswith("    lightning-tilt ")
+]  # fmt: skip
+FILES = {"my_rewards.py": BLOCKS["README.md"][1], "my_energies.py": BLOCKS["README.md"][2]}
+"""Blocks of the README that its text says to save under these names."""
 
 
 @pytest.fixture
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the root, with Trainers made quiet."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(lightning, "Trainer", lambda callbacks, **kwargs: trainer(callbacks, **kwargs))
+
+
+def save_files(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write the files that a page shows; returns the names of their modules, which are not yet imported."""
+    shown = {m[1]: block for block in BLOCKS[page] if (m := re.match(r"# (\w+\.py)\n", block))}
+    for name, text in (FILES if page == "README.md" else shown).items():
+        (folder / name).write_text(text)
+    names = [path.stem for path in folder.glob("my_*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(folder))
+    return names
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and BLOCKS[page]])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_blocks_of_a_page_run(page: str, at_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, scope = save_files(page, tmp_path, monkeypatch), dict[str, Any]()
+    for block in BLOCKS[page]:
+        exec(compile(block, page, "exec"), scope)
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def test_python_blocks_run(at_root: None) -> None:
     scope: dict[str, Any] = {"prompts": [["seven", "one"], ["two", "three"]]}
-    module, reward, energy = BLOCKS
-    # The README's Trainer, made quiet.
-    scope["quiet"] = trainer
-    exec(re.sub(r"L\.Trainer\(max_steps=2, callbacks=(\[.*\])\)", r"quiet(\1, max_steps=2)", module), scope)
+    module, reward, energy = BLOCKS["README.md"]
+    exec(module, scope)
     assert scope["trainer"].global_step == 2
     exec(reward, scope)
     images = torch.zeros(2, 3, 4, 4)
@@ -40,26 +72,26 @@ def test_python_blocks_run(at_root: None) -> None:
     assert scope["energy"](torch.tensor([[2.0, 0.0], [0.0, 0.0]])).tolist() == [0.0, 2.0]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
 def test_commands_parse(
-    command: str, at_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "my_rewards.py").write_text(BLOCKS[1])
-    (tmp_path / "my_energies.py").write_text(BLOCKS[2])
-    monkeypatch.syspath_prepend(str(tmp_path))
+    page: str, command: str, at_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    names = save_files(page, tmp_path, monkeypatch)
     arguments = shlex.split(command)[1:]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code in (None, 0)
-    assert "class_path: lightning_tilt.tasks.Adjoint" in capsys.readouterr().out
-    for name in ("my_rewards", "my_energies"):
+    assert "class_path: lightning_tilt.tasks." in capsys.readouterr().out
+    for name in names:
         sys.modules.pop(name, None)
 
 
 def test_every_named_file_exists() -> None:
-    named = {
-        *re.findall(r"(?:configs|docs|lightning_tilt)/[\w/.]+\.\w+", TEXT),
-        *re.findall(r"\]\((\w[\w./]*)\)", TEXT),
-    }
-    assert len(named) > 8
-    assert [n for n in named if not n.startswith("http") and not (ROOT / n).exists()] == []
+    for page, text in PAGES.items():
+        links = re.findall(r"\]\((\w[\w./]*)\)", text)
+        here = (ROOT / page).parent
+        named = {ROOT / n for n in re.findall(r"(?:configs|docs|lightning_tilt)/[\w/.]+\.\w+", text)}
+        named |= {here / n for n in links if not n.startswith("http")}
+        assert page != "README.md" or len(named) > 8
+        assert [str(path) for path in named if not path.exists()] == [], page
