@@ -17,6 +17,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_tilt.interfaces.checkpointed import Checkpointed
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
@@ -56,7 +57,7 @@ class LamSchedule:
         return self.lam * (self.start + (1 - self.start) * step / self.warmup)
 
 
-class Loss(ABC):
+class Loss(Checkpointed, ABC):
     """Base of all loss mixins: host checks, lam, the way to the sampler, bad samples.
 
     Traits (class constants that set-up and tests hold a loss to):
@@ -70,6 +71,7 @@ class Loss(ABC):
     Args:
         lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
         allow_non_memoryless: accept a sampler whose transitions are not memoryless, and the bias that comes with it.
+        allow_other_base: take a checkpoint that was trained on another base.
         args: passed on to the host.
         kwargs: passed on to the host.
     """
@@ -88,11 +90,17 @@ class Loss(ABC):
     trainer: Trainer
 
     def __init__(
-        self, *args: Any, lam: float | LamSchedule = 1.0, allow_non_memoryless: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        lam: float | LamSchedule = 1.0,
+        allow_non_memoryless: bool = False,
+        allow_other_base: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.lam = lam if isinstance(lam, LamSchedule) else LamSchedule(float(lam))
         self.allow_non_memoryless = allow_non_memoryless
+        self.allow_other_base = allow_other_base
         self._good_samples = 0.0
         self._step_start = 0.0
 
@@ -117,7 +125,6 @@ class Loss(ABC):
 
     def setup(self, stage: str) -> None:
         """Check, before anything is computed, that host, reward and sampler fit this loss."""
-        super().setup(stage)  # type: ignore[misc]
         for name, kind in (("predictor", Predictor), ("process", Process), ("reward", Reward)):
             try:
                 offered = getattr(self, name)
@@ -128,6 +135,7 @@ class Loss(ABC):
                     f"{type(self).__name__} needs self.{name}, a lightning_tilt {kind.__name__}; "
                     f"it found {type(offered).__name__}. Set it in __init__, or build on lightning_tilt.TiltModule."
                 )
+        super().setup(stage)
         self.reward.bind(self.predictor)
         if stage == "fit":
             self._check_fit(self.sampler)

@@ -198,17 +198,15 @@ class TiltMatching(EndPointRegression):
         level = {"tilt_level": self.tilt_level, "tilt_goal": self.tilt_goal}
         return loss, logged | {name: torch.tensor(value) for name, value in level.items()}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the level and the copy that its targets come from."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        checkpoint["tilt_matching"] = {
-            "level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": self._copy,
-        }  # fmt: skip
+    def carried(self) -> dict[str, Any]:
+        """The level, and the copy that its targets come from."""
+        level = {"level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": self._copy}
+        return {**super().carried(), "tilt_matching": level}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def carry(self, carried: dict[str, Any]) -> None:
         """Go on with the level of a checkpoint."""
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        saved = checkpoint["tilt_matching"]
+        super().carry(carried)
+        saved = carried["tilt_matching"]
         self.tilt_level, self.tilt_goal, self._level_step = saved["level"], saved["goal"], saved["step"]
         self._copy = dict(saved["copy"])
 
