@@ -13,7 +13,9 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, RandomSampler
 
-__all__ = ["check_place"]
+__all__ = ["check_place", "finished_epochs"]
+
+_FINISHED = "_iterator_finished"  # of a StatefulDataLoader's state
 
 
 def check_place(trainer: Trainer, exact: bool) -> None:
@@ -40,6 +42,21 @@ def check_place(trainer: Trainer, exact: bool) -> None:
         if exact:
             raise ValueError(message + "; sampler.exact_resume: false goes on all the same.")
         rank_zero_warn(message + ".")
+
+
+def finished_epochs(loops: dict[str, Any]) -> None:
+    """Mark the loaders of a fit that has trained on the last batch of an epoch as finished.
+
+    torchdata's loaders notice only when they are asked for a batch more.  Loaded as unfinished they would make an empty
+    epoch, and every later one would have the order of its successor.
+
+    Args:
+        loops: state of the fit loop, changed in place.
+    """
+    if loops["epoch_loop.batch_progress"]["is_last_batch"]:
+        for loader in loops["state_dict"].get("combined_loader", []):
+            if _FINISHED in loader:
+                loader[_FINISHED] = True
 
 
 def _reason(loader: Any, within: bool) -> str | None:

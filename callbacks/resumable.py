@@ -27,7 +27,7 @@ from ..checkpoints import AtomicCheckpointIO
 from ..interfaces import Loss, Sampler
 from .buffer import ReplayBuffer, dealt
 from .leaving import Departure
-from .place import check_place
+from .place import check_place, finished_epochs
 from .random_states import random_states, set_random_states
 from .surroundings import network_context
 
@@ -64,6 +64,7 @@ class Resumable(Sampler, Callback):
         self.batches, self._rollouts, self._since = 0, 0, 0
         self.departure = Departure()
         self._boundary: _Boundary | None = None
+        self._after_batch: dict[str, Any] | None = None
         self._beyond = False  # whether a batch has begun since
         self._resumed: dict[str, Any] | None = None  # what a checkpoint brought for this process
 
@@ -113,8 +114,14 @@ class Resumable(Sampler, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """An update has been made, unless gradients are still accumulated."""
+        self._after_batch = random_states(trainer.strategy.root_device)
         if not trainer.fit_loop._should_accumulate():
             self._remember(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training draws what it would have drawn without this validation, which a resumed run may not repeat."""
+        if self._after_batch is not None and not trainer.sanity_checking:
+            set_random_states(self._after_batch, trainer.strategy.root_device)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows only reports: one process may still be told to leave, several end at once."""
@@ -129,7 +136,7 @@ class Resumable(Sampler, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more, and forget the state of the last update."""
         self.departure.unwatch()
-        self._boundary, self._beyond = None, False
+        self._boundary, self._after_batch, self._beyond = None, None, False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The state of the last update, and that of every process."""
@@ -140,6 +147,7 @@ class Resumable(Sampler, Callback):
             checkpoint["loops"]["fit_loop"] = at.loops
             checkpoint["state_dict"].update({k: v for k, v in at.buffers.items() if k in checkpoint["state_dict"]})
             checkpoint["loss"] = at.carried
+        finished_epochs(checkpoint["loops"]["fit_loop"])
         ranks = _collected({"random": random, "buffer": own["buffer"], "evaluations": own["evaluations"]})
         checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks}
 

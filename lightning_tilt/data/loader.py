@@ -29,6 +29,8 @@ class Loader(StatefulDataLoader):  # type: ignore[misc]
 
         With other processes a batch of all of them together stays what it was: half as many take twice as much each.
         """
+        if state_dict.get("_iterator_finished"):
+            return  # the next epoch begins anew; torchdata would begin it with the sampler at its end
         place = state_dict.get("_sampler_iter_state")
         if place is not None and self.batch_size is not None:
             served = min(state_dict["_num_yielded"] * self.batch_size, len(self.sampler))

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
 from lightning_tilt.data.loader import Loader
+from lightning_tilt.interfaces import Sampler
 
 __all__ = ["PromptDataModule", "PromptSource", "read_prompts"]
 
@@ -154,11 +156,13 @@ class PromptDataModule(LightningDataModule):
         for name in ("shuffle", "seed"):
             if changed is None and state_dict[name] != self.__dict__[name]:
                 changed = f"data.{name} was {state_dict[name]!r}, and now it is {self.__dict__[name]!r}"
-        if changed is not None:
-            raise ValueError(
-                f"this run cannot go on exactly: {changed}. Give it the prompts of the checkpoint, or begin a new run "
-                "from its weights"
-            )
+        if changed is None:
+            return
+        message = f"this run cannot go on exactly: {changed}. Give it the prompts of the checkpoint"
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if all(c.exact_resume for c in callbacks if isinstance(c, Sampler)):
+            raise ValueError(message + "; sampler.exact_resume: false goes on with these all the same")
+        rank_zero_warn(message)
 
     def val_dataloader(self) -> Loader:
         """Validation prompts, in their order."""
