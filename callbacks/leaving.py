@@ -52,7 +52,9 @@ class Departure:
 
     def watch(self, trainer: Trainer) -> None:
         """Take over from Lightning's handlers for the length of a fit; only a main thread can."""
-        self._trainer, self._noted, self.over = trainer, 0, False
+        # A signal that came before, during the sanity check, was noted by Lightning.
+        self._trainer, self._noted = trainer, int(signal.SIGTERM) if trainer.received_sigterm else 0
+        self.over = False
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return
         environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]

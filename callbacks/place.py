@@ -30,7 +30,8 @@ def check_place(trainer: Trainer, exact: bool) -> None:
     """
     loop = trainer.fit_loop
     assert loop._combined_loader is not None
-    within = loop.epoch_loop.batch_progress.current.ready > 0
+    progress = loop.epoch_loop.batch_progress
+    within = progress.current.ready > 0 and not progress.is_last_batch
     for loader in loop._combined_loader.flattened:
         reason = _reason(loader, within)
         if reason is None:

@@ -66,6 +66,7 @@ class Resumable(Sampler, Callback):
         self._boundary: _Boundary | None = None
         self._after_batch: dict[str, Any] | None = None
         self._beyond = False  # whether a batch has begun since
+        self._validating = False
         self._resumed: dict[str, Any] | None = None  # what a checkpoint brought for this process
 
     def state_dict(self) -> dict[str, Any]:
@@ -99,6 +100,10 @@ class Resumable(Sampler, Callback):
             self._buffer.clear()
         else:
             check_place(trainer, self.exact_resume)
+            epochs = trainer.fit_loop.epoch_loop
+            if epochs.batch_progress.total.ready == 0:
+                epochs.restarting = False  # nothing was trained yet, and Lightning would count a batch for it
+                epochs.reset_restart_stage()
             if self._resumed["random"] is not None:
                 set_random_states(self._resumed["random"], trainer.strategy.root_device)
         self._resumed = None
@@ -118,8 +123,13 @@ class Resumable(Sampler, Callback):
         if not trainer.fit_loop._should_accumulate():
             self._remember(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What is saved in mid-validation is the state before it: a resumed run goes on without repeating it."""
+        self._validating = True
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training draws what it would have drawn without this validation, which a resumed run may not repeat."""
+        self._validating = False
         if self._after_batch is not None and not trainer.sanity_checking:
             set_random_states(self._after_batch, trainer.strategy.root_device)
 
@@ -136,13 +146,13 @@ class Resumable(Sampler, Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Listen no more, and forget the state of the last update."""
         self.departure.unwatch()
-        self._boundary, self._after_batch, self._beyond = None, None, False
+        self._boundary, self._after_batch, self._beyond, self._validating = None, None, False, False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The state of the last update, and that of every process."""
         own, random = self.state_dict(), random_states(trainer.strategy.root_device)
         at = self._boundary
-        if self._beyond and at is not None and at.step == trainer.global_step:
+        if (self._beyond or self._validating) and at is not None and at.step == trainer.global_step:
             own, random = at.sampler, at.random
             checkpoint["loops"]["fit_loop"] = at.loops
             checkpoint["state_dict"].update({k: v for k, v in at.buffers.items() if k in checkpoint["state_dict"]})

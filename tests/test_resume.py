@@ -1,10 +1,13 @@
 """A fit that goes on from any of its checkpoints ends where one without a break does, bit for bit."""
 
+import os
 import random
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -76,11 +79,30 @@ def run(kind: str, folder: Path, resume: Path | None = None, updates: int = 7, *
     module, sampler, data, extra = make(kind)
     every = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
     callbacks = [sampler, ExponentialMovingAverage(0.9), every]
+    callbacks += kwargs.pop("callbacks", [])
     fit = trainer(callbacks, enable_checkpointing=True, max_steps=updates, num_sanity_val_steps=0, **(extra | kwargs))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fit.fit(module, data, ckpt_path=resume)
     return dict(torch.load(folder / "last.ckpt", weights_only=True))
+
+
+class Told(lightning.Callback):
+    """Sends this process a signal at some network call, and counts those that follow."""
+
+    def __init__(self, number: int, call: int) -> None:
+        self.number, self.call, self.calls = number, call, 0
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        predict = pl_module.predictor.predict
+
+        def counted(*args: Any) -> Tensor:
+            self.calls += 1
+            if self.calls == self.call:
+                os.kill(os.getpid(), self.number)
+            return predict(*args)
+
+        pl_module.predictor.predict = counted
 
 
 def difference(a: Any, b: Any, path: str = "") -> str | None:
@@ -119,3 +141,74 @@ def test_a_fit_goes_on_from_update_to_update(tmp_path: Path) -> None:
         resumed = run("on policy", tmp_path / f"{step}", last, updates=step)
     found = difference(whole, resumed)
     assert found is None, found
+
+
+# A batch makes 4 calls of the rollout, 3 of the sweep and the loss's; 3 batches are accumulated.
+@pytest.mark.parametrize(
+    ("kind", "call", "number"),
+    [
+        ("on policy", 2, signal.SIGTERM), ("on policy", 21, signal.SIGTERM), ("on policy", 23, signal.SIGINT),
+        ("accumulated", 29, signal.SIGTERM), ("accumulated", 50, signal.SIGTERM), ("replayed", 30, signal.SIGTERM),
+        ("end points", 20, signal.SIGTERM),
+    ],
+)  # fmt: skip
+def test_a_signal_drops_the_rollout_in_hand(
+    kind: str, call: int, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, told = signal.getsignal(signal.SIGTERM), Told(number, call)
+    with pytest.raises(SystemExit) as left:
+        run(kind, tmp_path / "told", callbacks=[told])
+    assert left.value.code == 128 + number and told.calls == call, "not one call more"
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert f"go on with the same command and --ckpt_path {tmp_path}/told/last.ckpt" in capsys.readouterr().err
+    resumed = run(kind, tmp_path / "told", tmp_path / "told/last.ckpt")
+    found = difference(run(kind, tmp_path / "whole"), resumed)
+    assert found is None, found
+
+
+def test_without_checkpoints_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, sampler, data, _ = make("on policy")
+    fit = trainer([sampler, Told(signal.SIGTERM, 3)], max_steps=3, default_root_dir=tmp_path)
+    with pytest.raises(SystemExit):
+        fit.fit(module, data)
+    assert "keeps no checkpoints" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+class Endless(IterableDataset[list[str]]):
+    """No length."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield ["a", "bb"]
+
+
+class Listed(torch.utils.data.Dataset[Any]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Any:
+        return PROMPTS[i]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("loader", "culprit"),
+    [
+        (lambda: DataLoader(Endless(), batch_size=None), "has no length"),
+        (lambda: DataLoader(Listed(), batch_size=2, collate_fn=list), "does not know its place"),
+        (lambda: DataLoader(Listed(), batch_size=3, collate_fn=list, shuffle=True), "shuffles by a random state"),
+    ],
+)
+def test_loaders_that_cannot_go_on_exactly_are_named(loader: Any, culprit: str, tmp_path: Path) -> None:
+    # The last one has two batches an epoch: its checkpoint is at the end of one.
+    def go(resume: Path | None = None, exact: bool = True) -> None:
+        module, _, _, _ = make("on policy")
+        sampler = TrajectorySampler(steps=3, samples_per_condition=1, exact_resume=exact)
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_last=True)
+        fit = trainer([sampler, every], enable_checkpointing=True, max_steps=4 if resume else 2)
+        fit.fit(module, loader(), ckpt_path=resume)
+
+    go()
+    with pytest.raises(ValueError, match=f"cannot go on exactly: .*{culprit}.*exact_resume: false"):
+        go(tmp_path / "last.ckpt")
+    go(tmp_path / "last.ckpt", exact=False)
