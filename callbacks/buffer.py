@@ -1,6 +1,7 @@
 """The replay buffer of rollouts: what the sampler trains on between two refreshes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ import torch
 from ..noise import keyed_choice
 from ..trajectory import Trajectory
 
-__all__ = ["ReplayBuffer"]
+__all__ = ["ReplayBuffer", "dealt"]
 
 
 class ReplayBuffer:
@@ -75,3 +76,39 @@ class ReplayBuffer:
         if self.passes is not None and self._uses[i] >= self.passes:
             del self._rollouts[i], self._uses[i]
         return trajectory
+
+
+def dealt(parts: Sequence[Sequence[dict[str, Any]]], each: int, world: int, rank: int) -> list[dict[str, Any]]:
+    """The buffers of all processes, dealt out to another number of them.
+
+    Condition c of a rollout, whichever process had it, goes to process c mod world: as a loader that shares the
+    same batches out among `world` processes would have dealt it.
+
+    Args:
+        parts: `state_dict` of each process that there was: parts of the same rollouts, in the same order.
+        each: samples of a condition.
+        world: processes that there are.
+        rank: the number of this one.
+
+    Returns:
+        The `state_dict` of this process's buffer.
+
+    Raises:
+        ValueError: if the conditions of a rollout cannot be shared out evenly.
+    """
+    mine = []
+    for records in zip(*parts, strict=True):
+        uses = records[0]["uses"]
+        whole = Trajectory.cat([Trajectory.from_dict({k: v for k, v in r.items() if k != "uses"}) for r in records])
+        whole = whole[whole.sample.argsort()]
+        conditions = whole.sample.div(each, rounding_mode="floor")
+        if len(whole) % (each * world) != 0:
+            raise ValueError(
+                f"the checkpoint's buffer has rollouts of {len(whole) // each} conditions, which {world} processes "
+                "cannot share evenly: go on with as many processes as before, or one that divides it"
+            )
+        own = whole[conditions % world == rank]
+        wanted = own.index[::each]
+        record = replace(own, condition=own.condition[wanted], index=torch.arange(len(wanted)).repeat_interleave(each))
+        mine.append({"uses": uses, **record.as_dict()})
+    return mine

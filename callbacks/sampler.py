@@ -11,29 +11,28 @@ the path weights have a meaning: then E[w] = Z.
 
 import time
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from ..chain import Chain, Evaluations, evaluating, slices
-from ..interfaces import BadPolicy, Loss, Predictor, Sampler
+from ..interfaces import BadPolicy, Loss, Predictor
 from ..noise import Stream, keyed_normal
 from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
 from .bad_samples import BadSamples
 from .buffer import ReplayBuffer
+from .resumable import Resumable
 from .scoring import score_end_points
-from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, network_context, prompts_of
+from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, prompts_of
 
 __all__ = ["TrajectorySampler"]
 
 
-class TrajectorySampler(Sampler, Callback):
+class TrajectorySampler(Resumable):
     """Roll the current model out on each training batch.
 
     On policy by default. With `rollout_every: n` a rollout is due at every n-th batch alone; the batches between draw
@@ -57,6 +56,7 @@ class TrajectorySampler(Sampler, Callback):
         base_last_step: let the base make a step of std = 0, as path weights and adjoints ask for; False lets the
             tuned model make it (a different law, without weights).
         seed: key of all draws; None takes the one of `seed_everything`, or 0.
+        exact_resume: refuse to go on from a checkpoint where the loader does not know its place; False begins anew.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class TrajectorySampler(Sampler, Callback):
         on_bad_reward: BadPolicy = "stop",
         base_last_step: bool = True,
         seed: int | None = None,
+        exact_resume: bool = True,
     ) -> None:
         super().__init__()
         check_counts(
@@ -95,12 +96,12 @@ class TrajectorySampler(Sampler, Callback):
         self.on_bad_reward: BadPolicy = on_bad_reward
         self._bad, self.skipped = BadSamples(on_bad_reward), 0
         self.base_last_step = base_last_step
-        self._given_seed, self._restored = seed, False
+        self.exact_resume = exact_resume
+        self._given_seed = seed
         self.seed = global_seed() if seed is None else seed
         self.evaluations = Evaluations()
         self.seconds, self.reward_figures = dict[str, float](), dict[str, Tensor]()
         self._buffer = ReplayBuffer(buffer_size, passes)
-        self.batches, self._rollouts, self._since = 0, 0, 0
         self._trajectory: Trajectory | None = None
 
     @property
@@ -124,7 +125,7 @@ class TrajectorySampler(Sampler, Callback):
         """The chain of the host's process on this sampler's grid; network calls run in the Trainer's precision."""
         evaluations = self.evaluations if count else Evaluations()
         grid = host.process.grid(self.steps)
-        chain = Chain(host.process, self.transition, grid, evaluations, network_context(host))
+        chain = Chain(host.process, self.transition, grid, evaluations, self._context(host))
         return host.on_chain(chain) if isinstance(host, Loss) else chain
 
     def variant(self, steps: int | None = None, transition: Transition | None = None) -> "TrajectorySampler":
@@ -136,20 +137,16 @@ class TrajectorySampler(Sampler, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Read the global seed, which may have been set since this callback was made."""
+        super().setup(trainer, pl_module, stage)
         if self._given_seed is None:
             self.seed = global_seed()
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with a fresh rollout, unless a checkpoint has just brought its own."""
-        if not self._restored:
-            self._buffer.clear()
-        self._restored = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Make the rollout of this batch if one is due, else draw one from the buffer."""
         if not isinstance(pl_module, Loss):
             name = type(pl_module).__name__
             raise TypeError(f"TrajectorySampler serves a loss, and {name} is none: class Mine(AdjointMatching, {name})")
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.seconds = {}
         if len(self._buffer) == 0 or self._since >= self.rollout_every:
             self._trajectory = self._buffer.add(self._fresh(pl_module, batch), keep=self._bad.good > 0)
@@ -211,6 +208,8 @@ class TrajectorySampler(Sampler, Callback):
         # chain enter it around network calls alone.
         with torch.autocast(device.type, enabled=False), evaluating(predictor), torch.no_grad():
             condition = predictor.encode(prompts, size).to(device)
+            cuts = list(slices(len(index), self.rollout_micro_batch))
+            self.departure.together(len(cuts), stream == "train")
             chunks = [
                 chain.rollout(
                     predictor,
@@ -220,8 +219,9 @@ class TrajectorySampler(Sampler, Callback):
                     base=base,
                     base_last_step=self.base_last_step,
                 )
-                for i in slices(len(index), self.rollout_micro_batch)
+                for i in cuts
             ]
+            self.departure.apart()
         states, noise = (torch.cat(parts, 1) for parts in zip(*chunks, strict=True))
         trajectory = Trajectory(
             chain.t, states, noise, condition, index, torch.tensor(sample),
@@ -231,28 +231,6 @@ class TrajectorySampler(Sampler, Callback):
             trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
         chain.evaluations.reward += len(trajectory)
         return self._bad.scored(host, trajectory, stream)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: seed, counters, evaluations, and the rollouts that will be used again."""
-        due = self._since >= self.rollout_every and self.buffer_size == 1  # the next batch makes a new one
-        reused = self.replays and not due and not dist.is_initialized()
-        return {
-            "batches": self.batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed,
-            "buffer": self._buffer.state_dict() if reused else [], "skipped": self.skipped,
-            "evaluations": asdict(self.evaluations),
-        }  # fmt: skip
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue the streams, counters and buffer of a checkpoint."""
-        if self._given_seed not in (None, state_dict["seed"]):
-            rank_zero_warn(f"sampler.seed {self._given_seed} is not the checkpoint's: the samples will differ")
-        elif self._given_seed is None:
-            self._given_seed = self.seed = state_dict["seed"]
-        counters = (state_dict[k] for k in ("batches", "rollouts", "since", "skipped"))
-        self.batches, self._rollouts, self._since, self.skipped = counters
-        self.evaluations.__dict__.update(state_dict["evaluations"])
-        self._buffer.load_state_dict(state_dict["buffer"])
-        self._restored = True
 
     def _draw(self, stream: Stream, number: int, sample: list[int], predictor: Predictor) -> Tensor:
         """X_0 and z_0 ... z_{K-1}: (K + 1, n, *shape)."""

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -33,6 +32,7 @@ import lightning_tilt.rewards.energies
 import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
+from lightning_tilt.checkpoints import read_checkpoint
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, set_aside
@@ -183,14 +183,7 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
         path = args[args.index("--ckpt_path") + 1]
     if path is None or not args or not Path(path).is_file():
         return args
-    try:
-        hparams = torch.load(path, weights_only=True, map_location="cpu", mmap=True).get("hyper_parameters", {})
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(
-            f"--ckpt_path: {path} cannot be read as a checkpoint, a file of plain data that a fit wrote: "
-            f"{type(error).__name__}: {reason}"
-        ) from error
+    hparams = read_checkpoint(path, mmap=True).get("hyper_parameters", {})
     if "_class_path" not in hparams:
         return args
     init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}

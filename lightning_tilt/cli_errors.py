@@ -8,6 +8,7 @@ package raised on purpose, perhaps inside others: its message is the line.
 """
 
 import dis
+import errno
 import importlib
 import inspect
 import re
@@ -73,12 +74,13 @@ def users_mistake(error: BaseException) -> str | None:
         error: what was raised; the causes behind it are looked through too.
 
     Returns:
-        One line: of the first exception that a `raise` of this package made, of a missing file, or of a setting that
-        the Trainer refuses.
+        One line: of the first exception that a `raise` of this package made, of a missing file, of a full disk, or of a
+        setting that the Trainer refuses.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, (FileNotFoundError, MisconfigurationException)) or _raised_here(cause):
+        no_room = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if isinstance(cause, (FileNotFoundError, MisconfigurationException)) or no_room or _raised_here(cause):
             return " ".join(str(cause).split())
         cause = cause.__cause__
     return None

@@ -20,7 +20,7 @@ LONGEST = 260
 MATHEMATICS = {"condition", "identities", "process", "trajectory", "transition"}
 INTERFACES = {"chain", "evaluations", "frozen", "interfaces", "noise", "shards", "steering", "transport"}
 SHARED = {"mathematics", "interfaces"}
-RUN = {"loggers", "run_folder", "strategies"}
+RUN = {"checkpoints", "loggers", "run_folder", "strategies"}
 
 # A room may import itself and these.  A new room takes its line here, and CONTRIBUTING.md says how to choose.
 MAY_IMPORT: dict[str, set[str]] = {

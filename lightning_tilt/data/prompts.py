@@ -5,15 +5,21 @@ one takes each n-th prompt of the same order: two processes with batches of 4 se
 sees.
 """
 
+import zlib
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
 from lightning_tilt.data.loader import Loader
 from lightning_tilt.data.sources import PromptSource, read_prompts
+from lightning_tilt.interfaces import Sampler
 
 __all__ = ["PromptDataModule", "PromptSource", "read_prompts"]
 
@@ -29,6 +35,11 @@ class _Strings(Dataset[str]):
 
     def __getitem__(self, index: int) -> str:
         return self._strings[index]
+
+
+def _checksums(prompts: Sequence[str]) -> Tensor:
+    """One of each prompt, (n,), integer."""
+    return torch.tensor([zlib.crc32(prompt.encode()) for prompt in prompts])
 
 
 class PromptDataModule(LightningDataModule):
@@ -88,6 +99,36 @@ class PromptDataModule(LightningDataModule):
         return Loader(
             dataset=dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=list, num_workers=self.num_workers
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Which prompts are trained on, and in which order: a checksum of each."""
+        return {"prompts": _checksums(self.prompts), "shuffle": self.shuffle, "seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with training on other prompts, or in another order, than the checkpoint's.
+
+        Raises:
+            ValueError: naming what has changed.
+        """
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return
+        saved, mine = state_dict["prompts"], _checksums(self.prompts)
+        changed = None
+        if len(saved) != len(mine):
+            changed = f"there were {len(saved)} prompts, and now there are {len(mine)}"
+        elif not torch.equal(saved, mine):
+            first = int((saved != mine).nonzero()[0])
+            changed = f"prompt {first + 1} was another one and is {self.prompts[first]!r} now"
+        for name in ("shuffle", "seed"):
+            if changed is None and state_dict[name] != self.__dict__[name]:
+                changed = f"data.{name} was {state_dict[name]!r}, and now it is {self.__dict__[name]!r}"
+        if changed is None:
+            return
+        message = f"this run cannot go on exactly: {changed}. Give it the prompts of the checkpoint"
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if all(c.exact_resume for c in callbacks if isinstance(c, Sampler)):
+            raise ValueError(message + "; sampler.exact_resume: false goes on with these all the same")
+        rank_zero_warn(message)
 
     def val_dataloader(self) -> Loader:
         """Validation prompts, in their order."""

@@ -4,11 +4,12 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 """
 
 from lightning_tilt.condition import Condition, Prompts
-from lightning_tilt.interfaces.loss import LamSchedule, Loss
+from lightning_tilt.interfaces.loss import Loss
 from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import ImageEmbedding, Reward
 from lightning_tilt.interfaces.sampler import Evaluator, Sampler, find_sampler
+from lightning_tilt.interfaces.schedule import LamSchedule
 
 __all__ = [
     "BadPolicy",

@@ -9,7 +9,6 @@ everything the Trainer offers works as it does for any other module.
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
@@ -17,12 +16,14 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_tilt.interfaces.checkpointed import Checkpointed
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.groups import update_size
 from lightning_tilt.interfaces.not_finite import UpdateGuard
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.interfaces.sampler import Sampler, find_sampler
+from lightning_tilt.interfaces.schedule import LamSchedule
 from lightning_tilt.process import Process
 from lightning_tilt.shards import in_pieces, total_norm
 from lightning_tilt.trajectory import Trajectory
@@ -31,35 +32,10 @@ from lightning_tilt.transition import ExactGaussian, Transition
 if TYPE_CHECKING:
     from lightning_tilt.chain import Chain
 
-__all__ = ["LamSchedule", "Loss"]
+__all__ = ["Loss"]
 
 
-@dataclass(frozen=True)
-class LamSchedule:
-    """A multiplier that grows linearly to its value.
-
-    Args:
-        lam: the value reached, in units of one over the reward.
-        warmup: optimiser updates until it is reached.
-        start: the fraction of `lam` at the first update.
-
-    Example:
-        >>> [LamSchedule(lam=4.0, warmup=4)(step) for step in (0, 2, 9)]
-        [0.0, 2.0, 4.0]
-    """
-
-    lam: float
-    warmup: int = 0
-    start: float = 0.0
-
-    def __call__(self, step: int) -> float:
-        """The multiplier at an optimiser step."""
-        if step >= self.warmup:
-            return self.lam
-        return self.lam * (self.start + (1 - self.start) * step / self.warmup)
-
-
-class Loss(ABC):
+class Loss(Checkpointed, ABC):
     """Base of all loss mixins: host checks, lam, the way to the sampler, bad samples.
 
     Traits (class constants that set-up and tests hold a loss to):
@@ -73,6 +49,7 @@ class Loss(ABC):
     Args:
         lam: multiplier of the reward, a number or a schedule, in units of one over the reward.
         allow_non_memoryless: accept a sampler whose transitions are not memoryless, and the bias that comes with it.
+        allow_other_base: take a checkpoint that was trained on another base.
         args: passed on to the host.
         kwargs: passed on to the host.
     """
@@ -91,12 +68,18 @@ class Loss(ABC):
     trainer: Trainer
 
     def __init__(
-        self, *args: Any, lam: float | LamSchedule = 1.0, allow_non_memoryless: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        lam: float | LamSchedule = 1.0,
+        allow_non_memoryless: bool = False,
+        allow_other_base: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.lam = lam if isinstance(lam, LamSchedule) else LamSchedule(float(lam))
         self.allow_non_memoryless = allow_non_memoryless
         self._guard = UpdateGuard()
+        self.allow_other_base = allow_other_base
         self._step_start = 0.0
         self._said = ""
 
@@ -121,7 +104,6 @@ class Loss(ABC):
 
     def setup(self, stage: str) -> None:
         """Check, before anything is computed, that host, reward and sampler fit this loss."""
-        super().setup(stage)  # type: ignore[misc]
         for name, kind in (("predictor", Predictor), ("process", Process), ("reward", Reward)):
             try:
                 offered = getattr(self, name)
@@ -132,6 +114,7 @@ class Loss(ABC):
                     f"{type(self).__name__} needs self.{name}, a lightning_tilt {kind.__name__}; "
                     f"it found {type(offered).__name__}. Set it in __init__, or build on lightning_tilt.TiltModule."
                 )
+        super().setup(stage)
         self.reward.bind(self.predictor)
         if stage == "fit":
             self._check_fit(self.sampler)

@@ -42,6 +42,7 @@ class Sampler(ABC):
         rollout_micro_batch: samples in one network call of a rollout; None: all.
         reward_micro_batch: samples decoded and scored at once; None: all.
         evaluations: network evaluations of training so far.
+        exact_resume: refuse to go on from a checkpoint where that cannot be exact.
     """
 
     seed: int
@@ -54,6 +55,7 @@ class Sampler(ABC):
     rollout_micro_batch: int | None
     reward_micro_batch: int | None
     evaluations: "Evaluations"
+    exact_resume: bool
     seconds: dict[str, float]
     on_bad_reward: BadPolicy
     skipped: int

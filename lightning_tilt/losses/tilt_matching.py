@@ -38,7 +38,7 @@ from lightning_tilt.losses.end_points import EndPointRegression, NoisedEnds
 from lightning_tilt.losses.reinforce_adjoint_matching import reinforce_target
 from lightning_tilt.losses.reward_groups import RewardGroups
 from lightning_tilt.losses.times import TimeWeight
-from lightning_tilt.shards import dealt, need_whole, wholes
+from lightning_tilt.shards import dealt, need_whole
 from lightning_tilt.trajectory import Trajectory
 
 __all__ = ["TiltMatching", "TiltVariant", "holding", "tilt_weights"]
@@ -200,17 +200,15 @@ class TiltMatching(EndPointRegression):
         level = {"tilt_level": self.tilt_level, "tilt_goal": self.tilt_goal}
         return loss, logged | {name: torch.tensor(value) for name, value in level.items()}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the level and the copy that its targets come from."""
-        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
-        checkpoint["tilt_matching"] = {
-            "level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": wholes(self._copy),
-        }  # fmt: skip
+    def carried(self) -> dict[str, Any]:
+        """The level, and the copy that its targets come from."""
+        level = {"level": self.tilt_level, "goal": self.tilt_goal, "step": self._level_step, "copy": self._copy}
+        return {**super().carried(), "tilt_matching": level}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def carry(self, carried: dict[str, Any]) -> None:
         """Go on with the level of a checkpoint."""
-        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
-        saved = checkpoint["tilt_matching"]
+        super().carry(carried)
+        saved = carried["tilt_matching"]
         self.tilt_level, self.tilt_goal, self._level_step = saved["level"], saved["goal"], saved["step"]
         self._copy = dict(saved["copy"])
 
