@@ -3,6 +3,7 @@
 #   make demo    tune a small text-to-image model towards a reward; CONFIG=... another one, ARGS="..." more flags
 #   make test    linters, types, unit tests, doctests and every small config; PYTEST_ARGS="..." more flags
 #   make test-slow   the tests that take longer than a minute
+#   make faults  the table of what killed runs come back from
 #   make lint    ruff and mypy alone         make models   train the embedded models again
 #   make clean   remove what the tools leave (not .venv, not runs/)
 
@@ -18,7 +19,7 @@ BASE := .venv/.installed-$(HASH)
 DEV := .venv/.installed-dev-$(HASH)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow models lint install clean
+.PHONY: demo test test-slow faults models lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -31,6 +32,9 @@ test: lint
 
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+faults: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py
 
 lint: $(DEV)
 	$(BIN)/ruff check

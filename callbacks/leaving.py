@@ -22,7 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import Trainer
-from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -57,7 +58,7 @@ class Departure:
         self.over = False
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return
-        environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        environment = trainer._accelerator_connector.cluster_environment
         watched = [signal.SIGTERM, signal.SIGINT]
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue and environment.requeue_signal:
             self._requeue = int(environment.requeue_signal)
@@ -131,7 +132,7 @@ class Departure:
         if trainer.is_global_zero:
             sys.stderr.write(f"lightning-tilt: stopped by {name} after update {step}; {how}\n")
         # A child of Lightning's own launcher that ends with another status than 0 has the others killed.
-        environment = trainer._accelerator_connector.cluster_environment  # type: ignore[attr-defined]
+        environment = trainer._accelerator_connector.cluster_environment
         child = isinstance(environment, LightningEnvironment) and not trainer.is_global_zero
         raise Preempted(0 if child else 128 + number)
 

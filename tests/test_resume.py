@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import PromptedNet, SumReward, trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from toys import PromptedNet, SumReward, trainer
 
 from lightning_tilt.callbacks import ExponentialMovingAverage, TrajectorySampler
 from lightning_tilt.data import DrawsDataModule, PromptDataModule
