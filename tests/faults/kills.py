@@ -44,8 +44,8 @@ class Kill(lightning.Callback):
     """Send this process a signal at the n-th visit of a place.
 
     Args:
-        place: "rollout" (a network call of the chain), "backward", "update" (inside of the optimiser's step, half of
-            the parameters moved), "write" (a checkpoint is half written), "rename" (written, not renamed).
+        place: "rollout" (a network call of the chain), "backward", "update" (within the optimiser's step, half of the
+            parameters moved), "write" (a checkpoint is half written), "rename" (written, not renamed).
         visit: which visit.
         number: of the signal.
     """

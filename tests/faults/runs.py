@@ -36,7 +36,7 @@ EMA = {"class_path": "ExponentialMovingAverage", "init_args": {"decay": 0.9}}
 
 
 def _toy(config: str, reward: str | None = None, **sections: Any) -> dict[str, Any]:
-    """A config of configs/toy, cut down to a dozen updates in epochs of five batches."""
+    """A config of configs/toy, cut down to thirty updates in epochs of five batches."""
     content: dict[str, Any] = yaml.safe_load((ROOT / f"configs/toy/{config}.yaml").read_text())
     model = content["model"]["init_args"]
     model |= {"optimizer": ADAM, "lr_scheduler": WARM_UP}
@@ -45,7 +45,7 @@ def _toy(config: str, reward: str | None = None, **sections: Any) -> dict[str, A
         model["reward"]["class_path"] = reward
     content["data"]["init_args"] = {"samples": 16, "batches": 5, "val_samples": 16}
     content["sampler"] |= {"steps": 10}
-    content["trainer"] |= {"max_steps": 12, "log_every_n_steps": 1}
+    content["trainer"] |= {"max_steps": 30, "log_every_n_steps": 1}
     for name, values in sections.items():
         content[name] |= values
     return content
@@ -58,7 +58,7 @@ def _digits(config: str = "sd15_adjoint_matching", **sections: Any) -> dict[str,
     model["predictor"]["init_args"] |= {"rank": 4, "targets": ["to_q", "to_v"]}
     content["data"]["init_args"] |= {"batch_size": 8}
     content["sampler"] |= {"steps": 4, "samples_per_condition": 1, "rollout_micro_batch": 4}
-    content["trainer"] |= {"max_steps": 8}
+    content["trainer"] |= {"max_steps": 16}
     for name, values in sections.items():
         content[name] |= values
     return content
@@ -68,7 +68,7 @@ def _digits(config: str = "sd15_adjoint_matching", **sections: Any) -> dict[str,
 RUNS: dict[str, tuple[dict[str, Any], int]] = {
     "Adjoint Matching": (_toy("adjoint_matching", "kills.RestlessQuadratic"), 1),
     "accumulated gradients": (
-        _toy("adjoint_matching", "kills.RestlessQuadratic", trainer={"accumulate_grad_batches": 3, "max_steps": 6}),
+        _toy("adjoint_matching", "kills.RestlessQuadratic", trainer={"accumulate_grad_batches": 3, "max_steps": 15}),
         2,
     ),
     "replayed Adjoint Sampling": (
@@ -112,7 +112,7 @@ def faults(name: str, seed: int, count: int) -> list[Fault]:
         number = (signal.SIGKILL, signal.SIGTERM)[i % 2]
         places = ["rollout", "backward", "clock"] + ["update", "write", "rename"] * (number == signal.SIGKILL)
         place = draw.choice(places)
-        longest = {"rollout": 60 if digits else 50, "backward": 6, "update": 4, "write": 4, "rename": 4, "clock": 400}
+        longest = {"rollout": 30, "backward": 3, "update": 3, "write": 4, "rename": 4, "clock": 200 if digits else 80}
         found.append(Fault(place, draw.randint(1, longest[place]), number))
     return found
 

@@ -8,7 +8,7 @@ from runs import RUNS, Fault, faults, survive, whole
 
 
 def test_a_run_survives(tmp_path: Path) -> None:
-    series = [Fault("write", 3, signal.SIGKILL), Fault("rollout", 14, signal.SIGTERM)]
+    series = [Fault("write", 3, signal.SIGKILL), Fault("rollout", 30, signal.SIGTERM)]
     outcomes, found = survive(
         "Adjoint Matching", tmp_path / "killed", series, whole("Adjoint Matching", tmp_path / "a")
     )
