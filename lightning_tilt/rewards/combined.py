@@ -85,7 +85,8 @@ class Combined(Reward):
             ValueError: if a part does not return one number a sample.
             TypeError: if a part has no gradient though it says so: in a sum with others nobody would notice.
         """
-        rewards, figures = [], {}
+        rewards: list[Tensor] = []
+        figures: dict[str, Tensor] = {}
         for name, part in zip(self.names, self.rewards, strict=True):
             reward, own = part.measure(images, prompts)
             if reward.shape != (len(images),):
