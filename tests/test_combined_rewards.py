@@ -14,12 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from toys import AffineControl, PromptedNet, SumReward, fit, gaussian, trainer
 
+from lightning_tilt.assets import folder
 from lightning_tilt.callbacks import TiltReport, TrajectorySampler
 from lightning_tilt.data import DrawsDataModule
 from lightning_tilt.data.loader import Loader
 from lightning_tilt.interfaces import Prompts, Reward
 from lightning_tilt.loggers import read_metrics
-from lightning_tilt.models import GaussianBase, NeuralTilt
+from lightning_tilt.models import GaussianBase, NeuralTilt, StableDiffusion
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.rewards import (
     Clamped,
@@ -33,7 +34,8 @@ from lightning_tilt.rewards import (
     WeightedSum,
 )
 from lightning_tilt.rewards.density import Density
-from lightning_tilt.tasks import AdjointMatchingTask
+from lightning_tilt.tasks import AdjointMatchingTask, LogVarianceTask, TiltMatchingTask
+from lightning_tilt.transition import DDIM
 
 STATES = torch.linspace(-3, 3, 12, dtype=torch.float64).reshape(6, 2)
 
@@ -162,6 +164,19 @@ def test_jpeg_is_the_size_of_the_encoders_file() -> None:
     assert JPEGCompressibility().score(images[:2, :1]).shape == (2,)
     with pytest.raises(ValueError, match=r"needs images \(B, 3, H, W\), not \(6, 2\)"):
         JPEGCompressibility().score(STATES)
+
+
+@pytest.mark.parametrize("kind", [LogVarianceTask, TiltMatchingTask])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_jpeg_tunes_the_digits_without_a_gradient(kind: type[Any]) -> None:
+    digits = StableDiffusion(str(folder("digits-sd15")), rank=4)
+    start = {name: p.detach().clone() for name, p in digits.trained_parameters().items()}
+    module = kind(digits, JPEGCompressibility(), lam=5.0, optimizer=lambda p: torch.optim.Adam(p, lr=1e-3))
+    ode = {"transition": DDIM(0.0), "base_last_step": False} if kind is TiltMatchingTask else {}
+    recorder = fit(module, TrajectorySampler(steps=3, samples_per_condition=3, **ode), [["seven", "one"]] * 2)
+    rewards = recorder.trajectories[0].reward
+    assert bool((rewards < -0.5).all()) and float(rewards.std()) > 0 and not module.reward.is_differentiable
+    assert any(not torch.equal(p, start[name]) for name, p in digits.trained_parameters().items())
 
 
 WRONG: list[tuple[Any, str]] = [

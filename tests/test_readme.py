@@ -33,7 +33,14 @@ FILES = {"my_rewards.py": BLOCKS["README.md"][1], "my_energies.py": BLOCKS["READ
 def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the root, with Trainers made quiet."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(lightning, "Trainer", lambda callbacks, **kwargs: trainer(callbacks, **kwargs))
+    loud = lightning.Trainer
+
+    def quiet(callbacks: list[Any], **kwargs: Any) -> lightning.Trainer:
+        with monkeypatch.context() as patch:
+            patch.setattr(lightning, "Trainer", loud)
+            return trainer(callbacks, **kwargs)
+
+    monkeypatch.setattr(lightning, "Trainer", quiet)
 
 
 def save_files(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
