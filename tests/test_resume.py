@@ -168,7 +168,7 @@ def test_a_signal_drops_the_rollout_in_hand(
 
 def test_without_checkpoints_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, sampler, data, _ = make("on policy")
-    fit = trainer([sampler, Told(signal.SIGTERM, 3)], max_steps=3, default_root_dir=tmp_path)
+    fit = trainer([sampler, Told(signal.SIGTERM, 3)], max_steps=3, default_root_dir=tmp_path, limit_val_batches=0)
     with pytest.raises(SystemExit):
         fit.fit(module, data)
     assert "keeps no checkpoints" in capsys.readouterr().err and not list(tmp_path.iterdir())
