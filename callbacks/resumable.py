@@ -14,6 +14,7 @@ the buffer out again where their number has changed.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +68,7 @@ class Resumable(Sampler, Callback):
         self._after_batch: dict[str, Any] | None = None
         self._beyond = False  # whether a batch has begun since
         self._validating = False
+        self._loops: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None  # what a checkpoint brought for this process
 
     def state_dict(self) -> dict[str, Any]:
@@ -95,6 +97,10 @@ class Resumable(Sampler, Callback):
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep where the loops were: until a batch is done, Lightning's own counters are between two epochs."""
+        self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a fresh rollout, or go on with what a checkpoint has just brought; listen to signals."""
         if self._resumed is None:
@@ -107,8 +113,8 @@ class Resumable(Sampler, Callback):
                 epochs.reset_restart_stage()
             if self._resumed["random"] is not None:
                 set_random_states(self._resumed["random"], trainer.strategy.root_device)
-        self._resumed = None
-        self._remember(trainer, pl_module)
+        self._remember(trainer, pl_module, None if self._resumed is None else self._loops)
+        self._resumed = self._loops = None
         self.departure.watch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -196,14 +202,14 @@ class Resumable(Sampler, Callback):
 
         return enter
 
-    def _remember(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """This moment is the boundary."""
+    def _remember(self, trainer: Trainer, pl_module: LightningModule, loops: dict[str, Any] | None = None) -> None:
+        """This moment is the boundary; `loops`: where a checkpoint says that it is."""
         self._beyond = False
         # The predictor's buffers are its base's, and of its parameters only updates move any.
         own = (b for b in pl_module.named_buffers() if not b[0].startswith("predictor."))
         self._boundary = _Boundary(
             step=trainer.global_step,
-            loops=trainer.fit_loop.state_dict(),
+            loops=loops or trainer.fit_loop.state_dict(),
             sampler=self.state_dict(),
             random=random_states(trainer.strategy.root_device),
             buffers={name: buffer.detach().clone() for name, buffer in own},

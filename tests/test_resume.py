@@ -166,9 +166,22 @@ def test_a_signal_drops_the_rollout_in_hand(
     assert found is None, found
 
 
+@pytest.mark.parametrize(("kind", "step"), [("on policy", 4), ("on policy", 2), ("accumulated", 2)])
+def test_a_signal_before_the_first_update_of_a_resumed_run(kind: str, step: int, tmp_path: Path) -> None:
+    """Among them runs that were saved at the end of an epoch, twice over."""
+    whole = run(kind, tmp_path / "whole")
+    last = tmp_path / f"whole/step={step}.ckpt"
+    for again in range(2):
+        with pytest.raises(SystemExit):
+            run(kind, tmp_path / f"{again}", last, callbacks=[Told(signal.SIGTERM, 2)])
+        last = tmp_path / f"{again}/last.ckpt"
+    found = difference(whole, run(kind, tmp_path / "end", last))
+    assert found is None, found
+
+
 def test_without_checkpoints_nothing_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     module, sampler, data, _ = make("on policy")
-    fit = trainer([sampler, Told(signal.SIGTERM, 3)], max_steps=3, default_root_dir=tmp_path)
+    fit = trainer([sampler, Told(signal.SIGTERM, 3)], max_steps=3, default_root_dir=tmp_path, limit_val_batches=0)
     with pytest.raises(SystemExit):
         fit.fit(module, data)
     assert "keeps no checkpoints" in capsys.readouterr().err and not list(tmp_path.iterdir())
