@@ -93,8 +93,8 @@ class TrajectorySampler(Resumable):
         self.replay_samples = replay_samples
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch
-        self.on_bad_reward: BadPolicy = on_bad_reward
-        self._bad, self.skipped = BadSamples(on_bad_reward), 0
+        self.on_bad_reward = on_bad_reward
+        self.skipped = 0
         self.base_last_step = base_last_step
         self.exact_resume = exact_resume
         self._given_seed = seed
@@ -103,6 +103,16 @@ class TrajectorySampler(Resumable):
         self.seconds, self.reward_figures = dict[str, float](), dict[str, Tensor]()
         self._buffer = ReplayBuffer(buffer_size, passes)
         self._trajectory: Trajectory | None = None
+
+    @property
+    def on_bad_reward(self) -> BadPolicy:
+        """What becomes of numbers that are not finite: "stop" or "skip"."""
+        return self._bad.policy
+
+    @on_bad_reward.setter
+    def on_bad_reward(self, policy: BadPolicy) -> None:
+        """Another policy, for this sampler alone."""
+        self._bad = BadSamples(policy)
 
     @property
     def memoryless(self) -> bool:

@@ -6,7 +6,7 @@ A case says how to make the reward, what its inputs look like, and five prompts 
 import copy
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ class RewardCase:
     make: Callable[[], Reward]
     shape: tuple[int, ...]
     prompts: list[str]
-    saved: frozenset[str] = frozenset()  # what the reward learns, and a checkpoint holds
+    saved: frozenset[str] = field(default=frozenset(), kw_only=True)  # what the reward learns, and a checkpoint holds
 
     def images(self, dtype: torch.dtype = torch.float64) -> Tensor:
         generator = torch.Generator().manual_seed(1)

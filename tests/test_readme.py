@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
 BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
 COMMANDS = [
-    (page, line.strip()) for page, text in PAGES.items() for line in text.splitlines()
+    (page, line.strip()) for page, text in PAGES.items() for line in re.sub(r"\\\n\s*", "", text).splitlines()
     if line.startswith("    lightning-tilt ")
 ]  # fmt: skip
 FILES = {"my_rewards.py": BLOCKS["README.md"][1], "my_energies.py": BLOCKS["README.md"][2]}

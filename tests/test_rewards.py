@@ -78,13 +78,13 @@ def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
             lambda: Constraint(Ink(), Smoothed(classifier(), samples=2), at_least=-1.0, start=0.5),
             size,
             PROMPTS,
-            frozenset({"multiplier"}),
+            saved=frozenset({"multiplier"}),
         ),
         "Smoothed": RewardCase(
             lambda: Smoothed(Constraint(classifier(), Ink(), at_least=0.1, start=2.0), shift=2),
             size,
             PROMPTS,
-            frozenset({"parts.0.multiplier"}),
+            saved=frozenset({"parts.0.multiplier"}),
         ),
     }
 
