@@ -24,8 +24,8 @@ from tiny_clip import save_clip
 from tiny_rewards import (
     AESTHETIC_FILE,
     HEADS,
-    HPSv2,
-    ImageReward,
+    TinyHPSv2,
+    TinyImageReward,
     bert_tokenizer,
     blip_shapes,
     hps_shapes,
@@ -57,8 +57,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., Re
     save_image_reward(blip)
     save_aesthetic(save_clip(clip))
     return {
-        "HPSv2": partial(HPSv2, path=str(hps), tokenizer=str(hps)),
-        "ImageReward": partial(ImageReward, str(blip), tokenizer=str(blip)),
+        "HPSv2": partial(TinyHPSv2, path=str(hps), tokenizer=str(hps)),
+        "ImageReward": partial(TinyImageReward, str(blip), tokenizer=str(blip)),
         "PickScore": partial(PickScore, str(clip)),
         "AestheticScore": partial(AestheticScore, str(clip), str(clip)),
     }
@@ -114,7 +114,7 @@ def test_the_key_map_of_open_clip_is_complete(shapes: Shapes) -> None:
     """Every name of a CLIPModel is met once, in its shape, and none is left over; nothing is allocated."""
     from transformers import CLIPModel
 
-    kind = rewards.HPSv2 if shapes is VIT_H else HPSv2
+    kind = rewards.HPSv2 if shapes is VIT_H else TinyHPSv2
     with torch.device("meta"):
         wanted = CLIPModel(kind.configuration()).state_dict()
         mapped = open_clip_to_transformers({k: torch.empty(v) for k, v in shapes.items()})
@@ -251,11 +251,11 @@ def test_options_out_of_range_are_refused(options: dict[str, Any], make: dict[st
 def test_versions(tmp_path: Path) -> None:
     """A number does as well as a string; each version looks for its own file."""
     save_hps(tmp_path, "HPS_v2_compressed.pt")
-    assert HPSv2(2.0, str(tmp_path), str(tmp_path)).version == "2.0"
+    assert TinyHPSv2(2.0, str(tmp_path), str(tmp_path)).version == "2.0"
     with pytest.raises(FileNotFoundError, match=r"HPS_v2\.1_compressed"):
-        HPSv2("2.1", str(tmp_path), str(tmp_path))
+        TinyHPSv2("2.1", str(tmp_path), str(tmp_path))
     with pytest.raises(ValueError, match=r"2\.0 and 2\.1, not '3'"):
-        HPSv2("3", str(tmp_path), str(tmp_path))  # type: ignore[arg-type]
+        TinyHPSv2("3", str(tmp_path), str(tmp_path))  # type: ignore[arg-type]
 
 
 def test_the_head_s_checkpoint_is_found_in_a_folder_under_its_published_name(tmp_path: Path) -> None:

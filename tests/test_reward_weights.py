@@ -14,7 +14,7 @@ import torch
 from published_layouts import random_weights
 from safetensors.torch import save_file
 from tiny_clip import save_clip
-from tiny_rewards import AESTHETIC_FILE, HPS_FILE, HPSv2, ImageReward, hps_shapes, save_aesthetic, save_hps
+from tiny_rewards import AESTHETIC_FILE, HPS_FILE, TinyHPSv2, TinyImageReward, hps_shapes, save_aesthetic, save_hps
 from tiny_rewards import save_image_reward as save_blip
 
 from lightning_tilt.rewards import AestheticScore, CLIPScore, HPSv2Package, OpenCLIPScore, PickScore
@@ -34,8 +34,8 @@ def clip(tmp_path: Path) -> Path:
     return save_aesthetic(save_clip(tmp_path))
 
 
-def load(folder: Path, **options: Any) -> HPSv2:
-    return HPSv2(path=str(folder), tokenizer=str(folder if folder.is_dir() else folder.parent), **options)
+def load(folder: Path, **options: Any) -> TinyHPSv2:
+    return TinyHPSv2(path=str(folder), tokenizer=str(folder if folder.is_dir() else folder.parent), **options)
 
 
 def refused(make: Callable[[], object], kind: type[Exception], *parts: str) -> None:
@@ -101,7 +101,7 @@ def test_a_file_from_the_hub_s_cache(hps: Path, monkeypatch: pytest.MonkeyPatch)
         return str(hps / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    HPSv2(tokenizer=str(hps))
+    TinyHPSv2(tokenizer=str(hps))
     names = ["HPS_v2.1_compressed.safetensors", "HPS_v2.1_compressed.pt"]
     assert asked == [("xswu/HPSv2", name) for name in names]
 
@@ -109,9 +109,9 @@ def test_a_file_from_the_hub_s_cache(hps: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("make", "parts"),
     [
-        (lambda: HPSv2(), ("HPSv2 could not fetch HPS_v2.1_compressed.pt of 'xswu/HPSv2'", "a local file")),
-        (lambda: HPSv2(2.0), ("HPS_v2_compressed.pt",)),
-        (lambda: ImageReward(), ("ImageReward could not fetch ImageReward.pt of 'THUDM/ImageReward'",)),
+        (lambda: TinyHPSv2(), ("HPSv2 could not fetch HPS_v2.1_compressed.pt of 'xswu/HPSv2'", "a local file")),
+        (lambda: TinyHPSv2(2.0), ("HPS_v2_compressed.pt",)),
+        (lambda: TinyImageReward(), ("ImageReward could not fetch ImageReward.pt of 'THUDM/ImageReward'",)),
         (lambda: PickScore(), ("PickScore could not load a CLIP from 'yuvalkirstain/PickScore_v1'", "a folder")),
         (lambda: CLIPScore("nobody/nothing"), ("CLIPScore could not load a CLIP from 'nobody/nothing'",)),
         (lambda: AestheticScore("nobody/nothing"), (f"AestheticScore could not fetch {AESTHETIC_FILE}",)),
@@ -127,7 +127,7 @@ def test_missing_files(tmp_path: Path, hps: Path) -> None:
         refused(lambda path=path: load(path), FileNotFoundError, "HPSv2 found no file", str(path), HPS_FILE)  # type: ignore[misc]
     (tmp_path / "empty").mkdir()
     refused(lambda: load(tmp_path / "empty"), FileNotFoundError, str(tmp_path / "empty" / HPS_FILE))
-    refused(lambda: HPSv2(path=str(hps), tokenizer=str(gone)), FileNotFoundError, "a tokenizer", str(gone))
+    refused(lambda: TinyHPSv2(path=str(hps), tokenizer=str(gone)), FileNotFoundError, "a tokenizer", str(gone))
     refused(lambda: PickScore(str(gone)), FileNotFoundError, "PickScore", str(gone), "no such folder")
     refused(lambda: AestheticScore(str(gone / "head.pth")), FileNotFoundError, "AestheticScore", "head.pth")
 
@@ -185,7 +185,7 @@ def test_foreign_checkpoints_of_the_others(tmp_path: Path, clip: Path) -> None:
     state = torch.load(save_blip(blip) / "ImageReward.pt", weights_only=True)
     for name in ("blip.visual_encoder.cls_token", "blip.text_encoder.embeddings.LayerNorm.bias", "mlp.layers.0.bias"):
         torch.save({k: v for k, v in state.items() if k != name}, blip / "ImageReward.pt")
-        refused(lambda: ImageReward(str(blip), str(blip)), ValueError, "ImageReward", "missing")
+        refused(lambda: TinyImageReward(str(blip), str(blip)), ValueError, "ImageReward", "missing")
 
 
 def test_a_clip_that_lacks_weights_or_is_damaged(clip: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from reward_tester import CHECKS, RewardCase
 from tiny_clip import PREPROCESSOR, clip_model, clip_tokenizer, save_clip
-from tiny_rewards import HPSv2, ImageReward, save_aesthetic, save_hps, save_image_reward
+from tiny_rewards import TinyHPSv2, TinyImageReward, save_aesthetic, save_hps, save_image_reward
 
 from lightning_tilt import rewards
 from lightning_tilt.models.digit_cnn import DigitCNN
@@ -64,10 +64,10 @@ def cases(folders: dict[str, str]) -> dict[str, RewardCase]:
         "AestheticScore": RewardCase(partial(AestheticScore, folders["clip"], folders["clip"]), (3, 28, 20), PROMPTS),
         # Chunks of two, two and one.
         "HPSv2": RewardCase(
-            partial(HPSv2, path=folders["hps"], tokenizer=folders["hps"], micro_batch=2), (3, 28, 20), PROMPTS
+            partial(TinyHPSv2, path=folders["hps"], tokenizer=folders["hps"], micro_batch=2), (3, 28, 20), PROMPTS
         ),
         "ImageReward": RewardCase(
-            partial(ImageReward, folders["blip"], folders["blip"], micro_batch=2), (3, 28, 20), PROMPTS
+            partial(TinyImageReward, folders["blip"], folders["blip"], micro_batch=2), (3, 28, 20), PROMPTS
         ),
         "LinearReward": RewardCase(partial(LinearReward, [1.0, -2.0]), (2,), PROMPTS),
         "QuadraticReward": RewardCase(partial(QuadraticReward, matrix, [0.0, 1.0]), (2,), PROMPTS),
