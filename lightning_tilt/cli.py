@@ -193,7 +193,8 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
 
 def _quieter() -> None:
     """Keep other people's advice out of the terminal: nothing a user of this command could act on."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") == "error":
+        logging.getLogger("transformers").setLevel(logging.ERROR)  # it may have read its default level already
     # Lightning 2.6 under torch 2.13, upstream
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
