@@ -135,7 +135,7 @@ class TiltCLI(LightningCLI):
         """Let the model of a checkpoint come first, so that every YAML and every flag beats it."""
         given = list(sys.argv[1:] if args is None else args) if not isinstance(args, dict) else args
         if isinstance(given, list):
-            given = _with_checkpoint_first(given)
+            given = _with_checkpoint_first(_nulls_as_configs(given))
         self.config = parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
 
     def _parse_ckpt_path(self) -> None:
@@ -189,6 +189,25 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
     init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
     model = {"model": {"class_path": hparams["_class_path"], "init_args": init_args}}
     return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
+
+
+def _nulls_as_configs(args: list[str]) -> list[str]:
+    """Say `--model.predictor.height null` as a YAML would: of a null two classes deep jsonargparse makes a text."""
+    given, rest = list[str](), list(args)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        keys = [key for key in name.removeprefix("--").split(".") if key != "init_args"]
+        deep = name.startswith(("--model.", "--data.")) and len(keys) > 2
+        if deep and (value if equals else (rest or [""])[0]) == "null":
+            if not equals:
+                rest.pop(0)
+            content: Any = None
+            for key in reversed(keys[1:]):
+                content = {"init_args": {key: content}}
+            given += ["--config", yaml.safe_dump({keys[0]: content})]
+        else:
+            given.append(name + equals + value)
+    return given
 
 
 def _quieter() -> None:

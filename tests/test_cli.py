@@ -176,3 +176,10 @@ def test_the_command_is_a_module_too() -> None:
         "lightning-tilt: error: --sampler.stepz is not an option; did you mean --sampler.steps or --sampler.seed or "
         "--sampler?"
     ]
+
+
+@pytest.mark.parametrize("flag", [["--model.predictor.height", "null"], ["--model.predictor.init_args.height=null"]])
+def test_a_null_two_classes_deep_is_null(flag: list[str]) -> None:
+    parsed = tilt("fit", "--config", DIGITS, "--model.predictor.height", 64, *flag, "--print_config").config
+    predictor = parsed["model"]["init_args"]["predictor"]["init_args"]
+    assert predictor["height"] is None and predictor["rank"] == 16
