@@ -16,13 +16,14 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from ..interfaces import BadPolicy, Loss
+from ..interfaces import BadPolicy, Loss, Sampler
 from ..interfaces.not_finite import named, stop_together, where_of
 from ..noise import Stream
 from ..trajectory import Trajectory
 
-__all__ = ["BadSamples"]
+__all__ = ["BadSamples", "tolerant_rollout"]
 
+_LEFT_OUT = "; they are left out."
 _MEND = "Mend the reward, or pass sampler.on_bad_reward: skip."
 _STEP_MAJOR = ("adjoint", "base_mean", "marginal_weight", "marginal_source", "states")
 _PER_SAMPLE = ("reward_gradient", "log_w", "importance", "advantage", "end_score", "reward")
@@ -90,9 +91,34 @@ class BadSamples:
 
     def _note(self, found: str) -> None:
         if found and self.policy == "skip":
-            warnings.warn(found + "; they are left out.", stacklevel=3)
+            warnings.warn(found + _LEFT_OUT, stacklevel=3)
         elif found:
             self._found.append(found)
+
+
+def tolerant_rollout(sampler: Sampler, host: Any, batch: Any, **how: Any) -> tuple[Trajectory, list[str]]:
+    """A rollout to its end, whatever the policy, and what "stop" has to say of it.
+
+    Where a sharded network is called by all processes together, none of them may stop at a sample of its own.
+
+    Args:
+        sampler: a variant that nobody else uses.
+        host: see `Sampler.rollout`.
+        batch: see `Sampler.rollout`.
+        how: its further arguments.
+    """
+    policy, sampler.on_bad_reward = sampler.on_bad_reward, "skip"
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        path = sampler.rollout(host, batch, **how)
+    bad = []
+    for warning in told:
+        text = str(warning.message)
+        if policy == "stop" and text.endswith(_LEFT_OUT):
+            bad.append(f"{text.removesuffix(_LEFT_OUT)}. {_MEND}")
+        else:
+            warnings.warn(text, warning.category, stacklevel=2)
+    return path, bad
 
 
 def _without(host: Any, path: Trajectory, stages: dict[str, Tensor], stream: Stream) -> tuple[Trajectory, str]:
@@ -117,5 +143,7 @@ def _without(host: Any, path: Trajectory, stages: dict[str, Tensor], stream: Str
         if value is not None:
             shape = (1, -1) if name in _STEP_MAJOR else (-1,)
             keep = good.reshape(*shape, *(1,) * (value.ndim - len(shape)))
+            if stream != "train":  # nobody trains on it, and an image whose reward is bad is still an image
+                keep = torch.isfinite(value)
             changes[name] = torch.where(keep, value, 0.0)
     return replace(path, **changes), message

@@ -70,7 +70,8 @@ class Departure:
     def unwatch(self, default: bool = False) -> None:
         """Give the handlers back; `default`: let a SIGTERM end the process at once from here on."""
         for number, handler in self._previous.items():
-            signal.signal(number, signal.SIG_DFL if default and number == signal.SIGTERM else handler)
+            if signal.getsignal(number) == self._note:  # Lightning may have given the handlers back already
+                signal.signal(number, signal.SIG_DFL if default and number == signal.SIGTERM else handler)
         self._previous, self._trainer, self._noted = {}, None, 0
 
     def together(self, calls: int, training: bool) -> None:

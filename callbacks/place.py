@@ -13,7 +13,7 @@ from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, RandomSampler
 
-__all__ = ["check_place", "finished_epochs"]
+__all__ = ["check_place", "finished_epochs", "plateaus", "watched_by"]
 
 _FINISHED = "_iterator_finished"  # of a StatefulDataLoader's state
 
@@ -58,6 +58,17 @@ def finished_epochs(loops: dict[str, Any]) -> None:
         for loader in loops["state_dict"].get("combined_loader", []):
             if _FINISHED in loader:
                 loader[_FINISHED] = True
+
+
+def plateaus(trainer: Trainer) -> list[Any]:
+    """Schedulers that step on a metric, which Lightning does only after a batch's checkpoint has been written."""
+    return [c for c in trainer.strategy.lr_scheduler_configs if c.reduce_on_plateau and c.interval == "step"]
+
+
+def watched_by(trainer: Trainer) -> list[float]:
+    """What they are about to see."""
+    metrics = trainer.callback_metrics
+    return [float(metrics[c.monitor]) for c in plateaus(trainer) if c.monitor in metrics]
 
 
 def _reason(loader: Any, within: bool) -> str | None:

@@ -23,6 +23,7 @@ from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
 from ..transition import Transition
+from .bad_samples import tolerant_rollout
 from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
 from .processes import gathered, moved
@@ -131,36 +132,38 @@ class TiltReport(Callback):
         # As many prompts on every process, some of them twice, since the network of a sharded model is called together.
         mine = range(rank, -(-len(asked) // world) * world, world)
         own, bad = list[tuple[int, PromptSamples]](), list[str]()
-        try:
-            own = [(i, self._sample_prompt(host, i % len(asked), n, base)) for i in mine]
-        except FloatingPointError as error:  # a process that stopped alone would leave the others waiting
-            bad = [str(error)]
+        for i in mine:  # to the end: a process that stopped alone would leave the others waiting
+            samples, complaints = self._sample_prompt(host, i % len(asked), n, base)
+            own += [] if samples is None else [(i, samples)]
+            bad += complaints
         agree(host, bad)
         found = {i: samples for part in gathered(own) for i, samples in part}
         return [found[i] for i in range(len(asked))]
 
     @torch.no_grad()
-    def _sample_prompt(self, host: Any, number: int, n: int, base: bool) -> PromptSamples:
+    def _sample_prompt(self, host: Any, number: int, n: int, base: bool) -> tuple[PromptSamples | None, list[str]]:
+        """The samples of one prompt, if there are good ones, and what the policy makes of the others."""
         prompt = self._asked[number]
         batch: Any = torch.zeros(1) if prompt is None else [prompt]
-        path = self._sampler(host).rollout(
-            host, batch, stream="report", number=number, base=base, samples_per_condition=n, world=(1, 0)
+        sampler = self._sampler(host)
+        path, bad = tolerant_rollout(
+            sampler, host, batch, stream="report", number=number, base=base, samples_per_condition=n, world=(1, 0)
         )
         good = path.weight.cpu() > 0
+        rewards, log_w = path.reward.double().cpu(), host.lam.lam * path.reward
+        if not base:
+            chain = sampler.chain(host, count=False)
+            log_w = chain.log_weights(host.predictor, path, host.lam.lam, sampler.guidance_scale, self.micro_batch)
+        log_w = log_w.double().cpu()
         if not bool(good.any()):
-            raise FloatingPointError(
+            bad.append(
                 f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
                 f"{'the density' if prompt is None else repr(prompt)} has a finite reward; mend the reward, or remove "
                 "the prompt"
             )
-        rewards, log_w = path.reward.double().cpu(), host.lam.lam * path.reward
-        if not base:
-            sampler = self._sampler(host)
-            chain = sampler.chain(host, count=False)
-            log_w = chain.log_weights(host.predictor, path, host.lam.lam, sampler.guidance_scale, self.micro_batch)
-        log_w = log_w.double().cpu()
+            return None, bad
         judged, features, shown = self._look(host, path, prompt, good)
-        return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown)
+        return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown), bad
 
     def _look(
         self, host: Any, path: Trajectory, prompt: str | None, good: Tensor

@@ -28,7 +28,7 @@ from ..checkpoints import AtomicCheckpointIO
 from ..interfaces import Loss, Sampler
 from .buffer import ReplayBuffer, dealt
 from .leaving import Departure
-from .place import check_place, finished_epochs
+from .place import check_place, finished_epochs, plateaus, watched_by
 from .random_states import random_states, set_random_states
 from .surroundings import network_context
 
@@ -68,6 +68,8 @@ class Resumable(Sampler, Callback):
         self._after_batch: dict[str, Any] | None = None
         self._beyond = False  # whether a batch has begun since
         self._validating = False
+        self._stage = "fit"
+        self._pending = False  # whether schedulers that watch a metric have still to step for the last batch
         self._loops: dict[str, Any] | None = None
         self._resumed: dict[str, Any] | None = None  # what a checkpoint brought for this process
 
@@ -88,12 +90,16 @@ class Resumable(Sampler, Callback):
             self._given_seed = self.seed = state_dict["seed"]
         counters = (state_dict[k] for k in ("batches", "rollouts", "since", "skipped"))
         self.batches, self._rollouts, self._since, self.skipped = counters
+        if self._stage != "fit":  # what only looks at a model draws from no buffer
+            self.evaluations.__dict__.update(state_dict["evaluations"])
+            return
         own = self._own_part(state_dict)
         self.evaluations.__dict__.update(own["evaluations"])
         self._buffer.load_state_dict(own["buffer"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checkpoints of this Trainer are written whole and read as plain data."""
+        self._stage = stage
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -113,19 +119,24 @@ class Resumable(Sampler, Callback):
                 epochs.reset_restart_stage()
             if self._resumed["random"] is not None:
                 set_random_states(self._resumed["random"], trainer.strategy.root_device)
+            for config, value in zip(plateaus(trainer), self._resumed["watched"], strict=False):
+                epochs.scheduler_progress.increment_ready()
+                config.scheduler.step(value)
+                epochs.scheduler_progress.increment_completed()
         self._remember(trainer, pl_module, None if self._resumed is None else self._loops)
         self._resumed = self._loops = None
         self.departure.watch(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the state is beyond the boundary."""
-        self._beyond = True
+        self._beyond, self._pending = True, False
         self.departure.look(before_batch=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """An update has been made, unless gradients are still accumulated."""
+        self._pending = True
         self._after_batch = random_states(trainer.strategy.root_device)
         if not trainer.fit_loop._should_accumulate():
             self._remember(trainer, pl_module)
@@ -139,6 +150,10 @@ class Resumable(Sampler, Callback):
         self._validating = False
         if self._after_batch is not None and not trainer.sanity_checking:
             set_random_states(self._after_batch, trainer.strategy.root_device)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All schedulers have stepped."""
+        self._pending = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows only reports: one process may still be told to leave, several end at once."""
@@ -165,8 +180,9 @@ class Resumable(Sampler, Callback):
             checkpoint["state_dict"].update({k: v for k, v in at.buffers.items() if k in checkpoint["state_dict"]})
             checkpoint["loss"] = at.carried
         finished_epochs(checkpoint["loops"]["fit_loop"])
+        watched = watched_by(trainer) if self._pending else []
         ranks = _collected({"random": random, "buffer": own["buffer"], "evaluations": own["evaluations"]})
-        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks}
+        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks, "watched": watched}
 
     def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint's state is for this process.
@@ -174,12 +190,12 @@ class Resumable(Sampler, Callback):
         Raises:
             ValueError: if the buffer cannot be dealt out to as many processes as there are now.
         """
-        ranks = state.get("ranks", [])
+        ranks, watched = state.get("ranks", []), state.get("watched", [])
         world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
         if len(ranks) == world:
-            self._resumed = {"random": ranks[rank]["random"]}
+            self._resumed = {"random": ranks[rank]["random"], "watched": watched}
             return {**state, "buffer": ranks[rank]["buffer"], "evaluations": ranks[rank]["evaluations"]}
-        self._resumed = {"random": None}
+        self._resumed = {"random": None, "watched": watched}
         if not ranks:
             return state
         rank_zero_warn(

@@ -121,7 +121,8 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
         return None
     if not isinstance(callback, ModelCheckpoint) or callback.dirpath is None:
         return Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt"
-    if not callback.last_model_path:
+    # What a checkpoint says of paths is not written to, unless it is this run's own folder.
+    if Path(callback.last_model_path or "/").resolve().parent != Path(callback.dirpath).resolve():
         # Remembered, so that the run that goes on overwrites this file instead of counting versions of it.
         callback.last_model_path = os.path.join(
             callback.dirpath, callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION

@@ -187,6 +187,9 @@ def _with_checkpoint_first(args: list[str]) -> list[str]:
     if "_class_path" not in hparams:
         return args
     init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
+    predictor = init_args.get("predictor")
+    if isinstance(predictor, dict):  # a folder that is written to is the user's to name, not a file's
+        predictor.get("init_args", {}).pop("embeddings", None)
     model = {"model": {"class_path": hparams["_class_path"], "init_args": init_args}}
     return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
 

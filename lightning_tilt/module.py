@@ -114,7 +114,7 @@ class TiltModule(LightningModule):
         return {
             "images": self._decode(trajectory).cpu(),
             "prompts": trajectory.prompts,
-            "reward": trajectory.reward.cpu(),
+            "reward": torch.where(trajectory.weight > 0, trajectory.reward, torch.nan).cpu(),
         }
 
     @property

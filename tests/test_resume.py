@@ -45,6 +45,10 @@ def warm_up(optimizer: torch.optim.Optimizer) -> Any:
     return torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=4)
 
 
+def plateau(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", patience=0, factor=0.5)
+
+
 def make(kind: str) -> tuple[Any, TrajectorySampler, Any, dict[str, Any]]:
     """Module, sampler, data and Trainer's arguments of a small run of some kind."""
     torch.manual_seed(3), random.seed(3), np.random.seed(3)
@@ -58,6 +62,8 @@ def make(kind: str) -> tuple[Any, TrajectorySampler, Any, dict[str, Any]]:
         return AdjointMatchingTask(**conditional), TrajectorySampler(**few), prompts, {}
     if kind == "accumulated":
         return AdjointMatchingTask(**conditional), TrajectorySampler(**few), prompts, {"accumulate_grad_batches": 3}
+    if kind == "plateau":
+        return AdjointMatchingTask(**(conditional | {"lr_scheduler": plateau})), TrajectorySampler(**few), prompts, {}
     if kind == "replayed":
         sampler = TrajectorySampler(**few, rollout_every=2, buffer_size=3)
         return AdjointMatchingTask(**conditional), sampler, prompts, {}
@@ -124,7 +130,7 @@ def difference(a: Any, b: Any, path: str = "") -> str | None:
     return None if a == b else f"{path}: {a!r} and {b!r}"
 
 
-@pytest.mark.parametrize("kind", ["on policy", "accumulated", "replayed", "log Z", "levels", "end points"])
+@pytest.mark.parametrize("kind", ["on policy", "accumulated", "plateau", "replayed", "log Z", "levels", "end points"])
 def test_a_fit_goes_on_from_each_of_its_checkpoints(kind: str, tmp_path: Path) -> None:
     whole = run(kind, tmp_path / "whole")
     assert whole["global_step"] == 7 or kind == "levels"
@@ -225,3 +231,35 @@ def test_loaders_that_cannot_go_on_exactly_are_named(loader: Any, culprit: str, 
     with pytest.raises(ValueError, match=f"cannot go on exactly: .*{culprit}.*exact_resume: false"):
         go(tmp_path / "last.ckpt")
     go(tmp_path / "last.ckpt", exact=False)
+
+
+def test_a_path_in_a_checkpoint_is_not_written_to(tmp_path: Path) -> None:
+    run("on policy", tmp_path, updates=2)
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (key,) = (k for k in content["callbacks"] if k.startswith("ModelCheckpoint"))
+    victim = tmp_path.parent / "victim.txt"
+    victim.write_text("mine")
+    content["callbacks"][key]["last_model_path"] = str(victim)
+    torch.save(content, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit):
+        run("on policy", tmp_path, tmp_path / "last.ckpt", callbacks=[Told(signal.SIGTERM, 2)])
+    assert victim.read_text() == "mine"
+
+
+def test_after_a_fit_signals_are_whose_they_were(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run("on policy", tmp_path, updates=1)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_only_looks_needs_nothing_of_another_loss(tmp_path: Path) -> None:
+    run("log Z", tmp_path, updates=1)
+    task, sampler, data, _ = make("levels")
+    fit = trainer([sampler])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fit.validate(task, data, ckpt_path=tmp_path / "last.ckpt")
+        assert torch.isfinite(fit.callback_metrics["val/reward"])
+        task, sampler, data, _ = make("levels")
+        with pytest.raises(ValueError, match="another loss"):
+            trainer([sampler], max_steps=2).fit(task, data, ckpt_path=tmp_path / "last.ckpt")

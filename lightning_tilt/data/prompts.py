@@ -39,7 +39,7 @@ class _Strings(Dataset[str]):
 
 def _checksums(prompts: Sequence[str]) -> Tensor:
     """One of each prompt, (n,), integer."""
-    return torch.tensor([zlib.crc32(prompt.encode()) for prompt in prompts])
+    return torch.tensor([zlib.crc32(prompt.encode(errors="surrogatepass")) for prompt in prompts])
 
 
 class PromptDataModule(LightningDataModule):

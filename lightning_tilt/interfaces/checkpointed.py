@@ -7,6 +7,7 @@ checkpoint["loss"]    `carried()`: what is neither parameter nor buffer
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -65,7 +66,14 @@ class Checkpointed:
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
         self._check_base(checkpoint.get("base"))
         self._check_names(checkpoint["state_dict"])
-        self.carry(checkpoint.get("loss", {}))
+        if self.fitting or checkpoint.get("loss"):
+            self.carry(checkpoint.get("loss", {}))
+
+    @property
+    def fitting(self) -> bool:
+        """Whether a fit goes on; what only looks at a model needs nothing of a loss or a reward that was trained."""
+        trainer = self._trainer  # type: ignore[attr-defined]
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
     def _check_base(self, saved: Mapping[str, str] | None) -> None:
         differ = [] if saved is None else same_base(saved, self.base_identity())
@@ -79,21 +87,29 @@ class Checkpointed:
             )
         rank_zero_warn(f"{message}; it is loaded all the same (allow_other_base)")
 
-    def _check_names(self, saved: Mapping[str, Any]) -> None:
+    def _check_names(self, saved: dict[str, Any]) -> None:
         assert isinstance(self, nn.Module)
-        mine = {k: v.shape for k, v in self.state_dict().items() if k.startswith("predictor.")}
-        theirs = {k: v.shape for k, v in saved.items() if k.startswith("predictor.")}
-        wrong = [f"it also has {k}" for k in theirs if k not in mine]
-        wrong += [f"it has no {k}" for k in mine if k not in theirs]
-        wrong += [
-            f"its {k} is {tuple(theirs[k])}, not {tuple(mine[k])}" for k in mine if mine[k] != theirs.get(k, mine[k])
-        ]
-        if wrong:
-            more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-            raise ValueError(
-                f"the checkpoint is of another model: {wrong[0]}{more}; give the predictor the settings that it was "
-                "saved with"
-            )
+        present = self.state_dict()
+        if not self.fitting:
+            for k in [k for k in saved if k not in present and not k.startswith("predictor.")]:
+                del saved[k]
+            saved |= {k: v for k, v in present.items() if k not in saved and not k.startswith("predictor.")}
+        _compare(present, saved, True, "model", "give the predictor the settings that it was saved with")
+        if self.strict_loading:
+            _compare(present, saved, False, "loss or reward", "give the run those that it was saved with")
+
+
+def _compare(present: Mapping[str, Any], saved: Mapping[str, Any], predictor: bool, what: str, mend: str) -> None:
+    """Refuse names and shapes that differ, of the predictor or of all else."""
+    mine, theirs = (
+        {k: v.shape for k, v in state.items() if k.startswith("predictor.") == predictor} for state in (present, saved)
+    )
+    wrong = [f"it also has {k}" for k in theirs if k not in mine]
+    wrong += [f"it has no {k}" for k in mine if k not in theirs]
+    wrong += [f"its {k} is {tuple(theirs[k])}, not {tuple(mine[k])}" for k in mine if mine[k] != theirs.get(k, mine[k])]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise ValueError(f"the checkpoint is of another {what}: {wrong[0]}{more}; {mend}")
 
 
 def _whole(carried: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def rollout_figures(host: Any, trajectory: Trajectory, good: Tensor) -> dict[str
     kept = weight > 0
     reward = every_reward[kept]
     figures = {
-        "reward": trajectory.reward.sum() / good.clamp(min=1),
+        "reward": trajectory.reward.sum() / good.clamp(min=1e-6),  # a mean over processes: it may be below 1
         "lam": torch.tensor(trajectory.lam),
     }
     if len(reward) > 1:

@@ -117,6 +117,7 @@ class Loss(Checkpointed, ABC):
         super().setup(stage)
         self.reward.bind(self.predictor)
         if stage == "fit":
+            self._guard = UpdateGuard()  # a fit that was interrupted may have left a window open
             self._check_fit(self.sampler)
 
     def _check_fit(self, sampler: Sampler) -> None:

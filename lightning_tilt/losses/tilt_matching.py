@@ -208,6 +208,11 @@ class TiltMatching(EndPointRegression):
     def carry(self, carried: dict[str, Any]) -> None:
         """Go on with the level of a checkpoint."""
         super().carry(carried)
+        if "tilt_matching" not in carried:
+            raise ValueError(
+                f"the checkpoint is of another loss: it has no tilt level for {type(self).__name__} to go on from; "
+                "start a new fit, or give it the loss that it was saved with"
+            )
         saved = carried["tilt_matching"]
         self.tilt_level, self.tilt_goal, self._level_step = saved["level"], saved["goal"], saved["step"]
         self._copy = dict(saved["copy"])
