@@ -24,6 +24,8 @@ from .versions import versions
 
 __all__ = ["Evaluation"]
 
+_TAKEN = {"reward", "reward_se", "reward_gain", "reward_gain_se", "diversity", "distance", "path_kl", "path KL"}
+
 
 class Evaluation(Evaluator, Callback):
     """Judge base and tuned model on the test's batches, and leave tables, pictures and a page in the run's folder.
@@ -85,10 +87,9 @@ class Evaluation(Evaluator, Callback):
         find_sampler(pl_module)
         rewards = {}
         for name, make in self.rewards.items():
-            if name == type(pl_module.reward).__name__:
-                raise ValueError(
-                    f"evaluation.rewards: the trained reward is called {name!r}; give this one another name"
-                )
+            if name == type(pl_module.reward).__name__ or name in _TAKEN:
+                what = "a figure of the report" if name in _TAKEN else "the trained reward"
+                raise ValueError(f"evaluation.rewards: {what} is called {name!r}; give this one another name")
             # What is a reward already is taken as it is: a torchmetrics Metric can be called, but makes none.
             reward = make if isinstance(make, Reward) else make()
             if not isinstance(reward, Reward):

@@ -79,9 +79,14 @@ def _sample_rows(found: Sequence[Pairs]) -> Iterable[Sequence[object]]:
             yield [number, pairs.prompt or "", i, *("" if v != v else v for v in values)]
 
 
+def _plain(cell: object) -> object:
+    """A text that a spreadsheet would take for a formula is marked as a text."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t") else cell
+
+
 def _csv(rows: Iterable[Sequence[object]]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
+    csv.writer(text, lineterminator="\n").writerows([_plain(cell) for cell in row] for row in rows)
     return text.getvalue()
 
 

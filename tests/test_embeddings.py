@@ -160,3 +160,15 @@ def test_sd3_without_t5_has_its_own(load: Any, tmp_path: Path) -> None:
     short = load("sd3", embeddings=tmp_path, text_encoder_3=False)
     assert isinstance(short, StableDiffusion3) and len(short.encoders) == 2
     assert short.embeddings.identity["parts"] == ["text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_exported_pipeline_has_its_encoders_though_they_were_dropped(family: str, load: Any, tmp_path: Path) -> None:
+    predictor = load(family, embeddings=tmp_path / "cache")
+    before = told(predictor)
+    predictor.drop_encoders()
+    predictor.save_pipeline(tmp_path / "pipeline")
+    kind = {"sd15": StableDiffusion, "sd3": StableDiffusion3}[family]
+    again = told(kind(tmp_path / "pipeline"))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+    assert len(predictor.encoders) == 0 and predictor.pipeline.text_encoder is None

@@ -140,3 +140,14 @@ def test_the_library_of_data_sets_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="2.19.0"))
     with pytest.raises(ValueError, match=r"need datasets >= 4, and 2\.19\.0 is installed"):
         read_prompts("hf://me/parti")
+
+
+@pytest.mark.parametrize("source", ["a prompt in place of a file " * 20, "~nobody-has-this-home/prompts.txt"])
+def test_what_is_no_path_is_no_file(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no prompt file"):
+        read_prompts(source)
+
+
+def test_prompts_of_a_list_are_text() -> None:
+    with pytest.raises(ValueError, match="entry 2: the prompt has a character that is no text"):
+        read_prompts(["seven", "\ud800"])

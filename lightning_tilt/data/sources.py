@@ -48,15 +48,21 @@ def read_prompts(source: PromptSource) -> list[str]:
     if not isinstance(source, (str, Path)):
         if not source or not all(isinstance(prompt, str) for prompt in source):
             raise ValueError(f"prompts must be a file or a list of at least one string, not {source!r}")
-        return list(source)
+        return [_text_alone(prompt, f"prompts, entry {i}") for i, prompt in enumerate(source, 1)]
     if str(source).startswith("hf:"):
         return _hub(str(source))
     column, path = "prompt", str(source)
     table = _TABLE.fullmatch(path)
-    if table is not None and not Path(path).expanduser().exists():
-        path, column = table["file"], column if table["column"] is None else table["column"]
-    file = Path(path).expanduser()
-    text = _text(file, str(source))
+    try:
+        if table is not None and not Path(path).expanduser().exists():
+            path, column = table["file"], column if table["column"] is None else table["column"]
+        file = Path(path).expanduser()
+        text = _text(file, str(source))
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError) as error:  # a prompt in place of a file, a home that nobody has
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"there is no prompt file {_short(source)} ({reason[:80]}); {_MEND}") from None
     reader = _READERS.get(file.suffix.lower(), _lines)
     prompts = [_checked(value, f"prompt file {path!r}, {where}") for where, value in reader(text, path, column)]
     if not prompts:
@@ -85,6 +91,10 @@ def _checked(value: object, where: str) -> str:
     prompt = value.strip()
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; remove it, or write one")
+    return _text_alone(prompt, where)
+
+
+def _text_alone(prompt: str, where: str) -> str:
     if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
         raise ValueError(f"{where}: the prompt has a character that is no text (a NUL, or half a surrogate pair)")
     return prompt

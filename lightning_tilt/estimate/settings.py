@@ -113,6 +113,10 @@ class Settings:
         pairs = samples if issubclass(loss, EndPointRegression) else samples * of_path
         callbacks = trainer.get("callbacks") or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if batch_size < 1 or steps < 2:
+            raise ValueError(
+                f"the estimate wants data.batch_size >= 1 and sampler.steps >= 2, not {batch_size}, {steps}"
+            )
         precision = str(trainer.get("precision") or "32-true")
         return cls(
             name=name,

@@ -12,6 +12,7 @@ adapters; VAE and text encoders are frozen.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -112,9 +113,8 @@ class LatentDiffusion(TextConditioned):
         if tuning == "full":
             dtypes[self.denoiser] = torch.float32
         left_out = (*without, *(self.text_encoders if without_encoders else ()))
-        self._pipeline = load_pipeline(
-            path, self.pipeline_class, dtypes, without=left_out, variant=variant, revision=revision
-        )
+        self._load = partial(load_pipeline, path, self.pipeline_class, dtypes, variant=variant, revision=revision)
+        self._without, self._pipeline = tuple(without), self._load(without=left_out)
         parts = self._pipeline.components
         self.network = parts[self.denoiser].train()  # the pipeline comes in eval mode; this part is what a fit trains
         # The pipeline keeps its own VAE, for exports; it is not moved to the device then.
@@ -217,8 +217,16 @@ class LatentDiffusion(TextConditioned):
         )
 
     def save_pipeline(self, folder: str | Path) -> None:
-        """Write the whole tuned pipeline, adapters merged, for `DiffusionPipeline.from_pretrained(folder)`."""
-        tuned_pipeline(self._pipeline, self.denoiser, bool(self._adapted)).save_pretrained(folder)
+        """Write the whole tuned pipeline, adapters merged, for `DiffusionPipeline.from_pretrained(folder)`.
+
+        Text encoders that were dropped, or never loaded, are read again: the pipeline has them.
+        """
+        pipeline = copy.copy(tuned_pipeline(self._pipeline, self.denoiser, bool(self._adapted)))
+        gone = [n for n in self.text_encoders if pipeline.components[n] is None and n not in self._without]
+        if gone:
+            fresh = self._load(without=(*self._without, self.denoiser, "vae")).components
+            pipeline.register_modules(**{name: fresh[name] for name in gone})
+        pipeline.save_pretrained(folder)
 
     @property
     def origin(self) -> str:

@@ -61,8 +61,8 @@ class HPSv2(CLIPTower):
         if self.version not in _FILES:
             raise ValueError(f"HPSv2 has the versions {' and '.join(_FILES)}, not {self.version!r}")
         file = find_file("HPSv2", path or _REPOSITORY, _FILES[self.version])
-        self.tokenizer = load_tokenizer("HPSv2", tokenizer)
         state = read_weights("HPSv2", file, sha256)
+        self.tokenizer = load_tokenizer("HPSv2", tokenizer)
         if "visual.conv1.weight" in state:
             state = open_clip_to_transformers(state)
         config = self.configuration()
