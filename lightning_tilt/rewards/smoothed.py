@@ -9,8 +9,8 @@ and terms of odd order cancel exactly.  Networks that judge images react to patt
 averaged over noise and shifts follows them less.
 
 This is another reward, and the tilt is another one too: reports judge r_s.  To see r as well, give it to `TiltReport`
-as a judge.  A call costs `samples` calls of the reward.  Noisy images are not clipped to [0, 1]: the clip would cut the
-gradient.
+as a judge.  A call costs `samples` calls of the reward, and as many again in a backward.  Noisy images are not clipped
+to [0, 1]: the clip would cut the gradient.
 """
 
 import math
@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 from lightning_tilt.interfaces import Prompts, Reward
 from lightning_tilt.noise import keyed_normal_rows, keyed_uniform_rows
@@ -61,7 +62,7 @@ class Smoothed(Combined):
             raise ValueError(f"Smoothed: shift needs images (B, C, H, W), not {tuple(images.shape)}: use shift: 0")
         total, told = torch.zeros(()), dict[str, Tensor]()
         for n in range(self.samples):
-            (r,), figures = self.ask(self._changed(images, n), prompts)
+            (r,), figures = self._once(images, prompts, n)
             total = total.to(r) + r / self.samples
             for name, value in figures.items():
                 name = name.removeprefix("reward_smoothed/")
@@ -71,6 +72,17 @@ class Smoothed(Combined):
     def learn(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Hand the reward its figures, which keep their own names here."""
         return self.rewards[0].learn(means)
+
+    def _once(self, images: Tensor, prompts: Prompts, n: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The reward under the n-th noise; of a gradient only one noise's activations are held at a time."""
+
+        def ask(x: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+            return self.ask(self._changed(x, n), prompts)
+
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return ask(images)
+        found: tuple[list[Tensor], dict[str, Tensor]] = checkpoint(ask, images, use_reentrant=False)
+        return found
 
     def _changed(self, images: Tensor, n: int) -> Tensor:
         """The images (B, ...) with the n-th noise and shift; of a pair, 2j and 2j + 1, one is the other's negative."""
