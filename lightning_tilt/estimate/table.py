@@ -49,9 +49,7 @@ def table(found: Estimate) -> str:
         f"  {'devices':>7s} {'samples':>8s} {'forwards':>12s} {'GB a device, ddp':>18s} {'GB a device, fsdp2':>20s}",
     ]
     lines += ["  {:>7s} {:>8s} {:>12s} {:>18s} {:>20s}".format(*row) for row in scaling_rows(found)]
-    lines.append(
-        "  plain ddp and fsdp2, whatever trainer.strategy says: _checkpoint, _offload and bucket views need less"
-    )
+    lines.append("  plain ddp and fsdp2, whatever the strategy: _checkpoint, _offload and bucket views need less")
     return "\n".join(lines)
 
 
