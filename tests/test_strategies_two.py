@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from processes import fitted, in_two
+from toys import SumReward
+
+from lightning_tilt.callbacks import TiltReport
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -86,3 +90,23 @@ def test_two_processes_are_one(name: str, runs: Any) -> None:
     for key, figure in one["figures"].items():
         assert first["figures"][key] == pytest.approx(figure, rel=1e-3, abs=1e-5), key
     assert first["said"].replace(" over 2 processes", "") == one["said"]
+
+
+class BadForA(SumReward):
+    """Not finite for one prompt of a report, which one of the processes samples."""
+
+    def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        r = super().score(images, prompts)
+        return torch.full_like(r, torch.nan) if len(r) == 5 and prompts[0] == "a" else r
+
+
+def reported(rank: int, folder: Path) -> None:
+    report = TiltReport(base_samples=7, tuned_samples=5, prompts=["a", "bb", "ccc", "dddd"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "SumReward", BadForA)
+        with pytest.raises(FloatingPointError, match=r"rank 0.*'a'"):
+            fitted(folder, "x", "mlp", {}, devices=2, strategy="fsdp2", callbacks=[report], default_root_dir=folder)
+
+
+def test_a_report_of_a_sharded_model_stops_on_both_processes(tmp_path: Path) -> None:
+    in_two(reported, tmp_path)
