@@ -158,7 +158,7 @@ class Resumable(Sampler, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows only reports: one process may still be told to leave, several end at once."""
         self.departure.over = True
-        if dist.is_available() and dist.is_initialized():
+        if _distributed():
             self.departure.unwatch(default=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_two_processes import free_port
+from processes import free_port
 from torch import Tensor
 from torch.utils.data import DataLoader
 from toys import PromptedNet, Recorder, SumReward, fit, trainer

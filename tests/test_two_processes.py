@@ -1,13 +1,13 @@
 """Two processes draw the samples and take the gradient that one would."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
+from processes import free_port
 from toys import PromptedNet, Recorder, SumReward, trainer
 
 from lightning_tilt.callbacks import TrajectorySampler
@@ -70,12 +70,6 @@ def one_of_two(rank: int, folder: Path, port: int, density: bool = False) -> Non
         run_density(4, folder, "two", strategy="ddp", devices=2, num_nodes=1)
     else:
         run(2, folder, "two", strategy="ddp", devices=2, num_nodes=1)
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.mark.slow

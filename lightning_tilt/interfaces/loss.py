@@ -242,6 +242,10 @@ class Loss(Checkpointed, ABC):
         value = value.detach().to(self.device)  # type: ignore[attr-defined]
         self.log(f"train/{name}", value, prog_bar=prog_bar, sync_dist=True, reduce_fx=how, batch_size=1)  # type: ignore[attr-defined]
 
+    def mean_good(self, weight: Tensor) -> Tensor:
+        """Good samples, a mean over all processes, to divide by: it may be below 1, and without any, 0 stays 0."""
+        return self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+
     def mean_over_ranks(self, value: Tensor) -> Tensor:
         """The mean of a number over all processes."""
         return cast(Tensor, self.trainer.strategy.reduce(value.detach().clone(), reduce_op="mean"))

@@ -141,7 +141,7 @@ class AdjointMatching(PairControls):
         chain = self.sampler.chain(self)
         samples, steps = len(trajectory), trajectory.supervised
         factors = self._step_factors(chain, steps, trajectory.lam).to(trajectory.states)
-        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(trajectory.weight)
         total, capped, control_norm, largest = trajectory.states.new_zeros(4).unbind()
         for pairs in self.pairs(trajectory):
             j, n = pairs.j, pairs.n

@@ -96,7 +96,7 @@ class CMCD(TransportLoss):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """The unbiased variance of W within a prompt, or its mean; a mean over good samples."""
         chain = self.transport_chain(trajectory.lam)
-        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(trajectory.weight)
         if self.objective == "kl":
             some = trajectory[trajectory.weight > 0]  # a bad sample cannot be simulated again
             parts = [self._simulated(chain, some[i]) for i in slices(len(some), self.loss_micro_batch)]

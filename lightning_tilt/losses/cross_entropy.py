@@ -77,7 +77,7 @@ class CrossEntropy(PathControls, PathWeighted):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples; `weight_max` is the largest weight in units of their mean."""
         chain, weight = self.sampler.chain(self), trajectory.weight
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         steps, importance = self.model_terms(chain, trajectory), cast(Tensor, trajectory.importance)
         terms = cross_entropy_terms(steps.log_ratio, importance)
         kl = (weight * steps.kl.detach().sum(0)).sum() / good

@@ -155,7 +155,7 @@ class EndPointRegression(PathWeighted):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples and noisings of the weighted terms."""
         chain = self.sampler.chain(self)
-        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(trajectory.weight)
         t, factor, eps = self._draw(trajectory, chain.process)
         total, seen = trajectory.end.new_zeros(()), []
         for pairs in slices(len(t), self.loss_micro_batch):

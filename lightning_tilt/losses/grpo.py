@@ -100,7 +100,7 @@ class GRPO(PathControls):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples; `clipped_fraction` is the share of ratios outside of the interval."""
         chain, weight = self.sampler.chain(self), trajectory.weight
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         drawn, steps = self.drawn_terms(chain, trajectory), self.model_terms(chain, trajectory)
         log_rho = (steps.log_ratio - drawn.log_ratio).where(weight > 0, 0.0)
         terms = (clipped_terms(self._advantage(trajectory, drawn.kl), log_rho, self.clip) + steps.kl).sum(0)

@@ -57,7 +57,7 @@ class LogVariance(PathControls):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples; `kl` is the mean of sum_k |u_k|^2/2."""
         chain, weight = self.sampler.chain(self), trajectory.weight
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         steps = self.model_terms(chain, trajectory)
         W = steps.log_ratio.sum(0) - trajectory.lam * trajectory.reward
         mean, n = self.group_means(trajectory, W.detach())
@@ -107,7 +107,7 @@ class TrajectoryBalance(PathControls):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples; `log_z_learned` is log Z_theta, `kl` the mean of sum_k |u_k|^2/2."""
         chain, weight = self.sampler.chain(self), trajectory.weight
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         steps = self.model_terms(chain, trajectory)
         log_z = self.log_z_scale * self.scaled_log_z
         terms = trajectory_balance_terms(steps.log_ratio.sum(0) - trajectory.lam * trajectory.reward, log_z)

@@ -150,7 +150,7 @@ class NETS(TransportLoss):
                 "pinn learns one F_t = log Z_t, and every prompt has its own: one prompt, or CMCD, which compares the "
                 "paths of each prompt"
             )
-        good, weight = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1e-6), trajectory.weight
+        good, weight = self.mean_good(trajectory.weight), trajectory.weight
         total = trajectory.reward.new_zeros(())
         for pairs in self.pairs(trajectory, states):
             terms = self._residuals(chain, trajectory, pairs) ** 2
@@ -178,7 +178,7 @@ class NETS(TransportLoss):
     def _action(
         self, chain: TransportChain, trajectory: Trajectory, states: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        good = self.mean_over_ranks(trajectory.weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(trajectory.weight)
         trajectory = trajectory[trajectory.weight > 0]
         w, source = trajectory.marginal_weight, trajectory.marginal_source
         assert w is not None and source is not None

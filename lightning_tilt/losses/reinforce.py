@@ -57,7 +57,7 @@ class Reinforce(PathControls):
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples of a surrogate whose gradient is the policy's; its value means nothing."""
         chain, weight = self.sampler.chain(self), trajectory.weight
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         drawn = self.drawn_terms(chain, trajectory)
         advantage = self.centred(trajectory, reward_to_go(trajectory.lam * trajectory.reward, drawn.kl))
         steps = self.model_terms(chain, trajectory)

@@ -102,7 +102,7 @@ class RelativeEntropy(Loss):
         """Mean over good samples; `kl` is the mean of sum_k |u_k|^2/2 over the steps looked at."""
         assert trajectory.reward_gradient is not None
         chain, weight, lam = self.sampler.chain(self), trajectory.weight, trajectory.lam
-        good = self.mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        good = self.mean_good(weight)
         cuts = slices(len(trajectory), self.loss_micro_batch)
         parts = [self._simulate(chain, trajectory[i]) for i in cuts]
         log_ratio, kl, end = (torch.cat(part) for part in zip(*parts, strict=True))
