@@ -106,8 +106,9 @@ def test_sd15_at_its_real_size_on_the_cpu() -> None:
     import json
 
     done = subprocess.run(
-        [sys.executable, "benchmarks/smoke.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=3600
+        [sys.executable, "benchmarks/smoke.py"], cwd=ROOT, capture_output=True, text=True, timeout=3600
     )
+    assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["denoiser"] == 859_520_964 and found["loss"] == found["loss"]
     assert found["forwards"] == found["forwards_estimate"]

@@ -12,11 +12,13 @@ import pytest
 import torch
 from command import TOY, overlay, tilt
 from test_resume import PROMPTS, make, trainer
+from torch import nn
 
 from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.callbacks.buffer import ReplayBuffer, dealt
 from lightning_tilt.checkpoints import AtomicCheckpointIO, read_checkpoint, write_atomically
 from lightning_tilt.data import PromptDataModule
+from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces.identity import base_identity, same_base
 from lightning_tilt.models import GaussianBase, GaussianMixturePredictor, NeuralTilt
 
@@ -107,6 +109,15 @@ def test_networks_are_known_in_any_precision(load: Any) -> None:
     with torch.no_grad():
         next(p for p in other.network.parameters() if not p.requires_grad).mul_(1.1)
     assert same_base(first, base_identity(other)) == ["network"]
+
+
+def test_a_tensor_too_long_for_float32_indices_is_known_to_its_last_value() -> None:
+    long, predictor = nn.Module(), NeuralTilt(GaussianBase([2]))
+    long.register_buffer("values", torch.zeros(3 * 7680 * 1280, dtype=torch.bfloat16))  # a layer of SD 1.5's size
+    predictor.add_module("long", Frozen(long))
+    first = base_identity(predictor)
+    long.values[-1] = 1.0
+    assert same_base(first, base_identity(predictor)) == ["long"]
 
 
 @pytest.mark.filterwarnings("ignore")
