@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..chain import evaluating
 from ..interfaces import Loss, find_sampler
+from ..interfaces.not_finite import judge_together
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
 from .processes import moved
@@ -110,10 +111,12 @@ class Diagnostic(Callback, ABC):
         found = self.prompts if self._batch is None else self.prompts or prompts_of(self._batch)[0]
         batch: Any = torch.zeros(1) if found is None else found
         each = max((samples or self.samples) // len(batch), 1)
-        path = find_sampler(host).rollout(
+        sampler, bad = find_sampler(host), list[str]()
+        path = sampler.rollout(
             host, batch, stream="report", number=LOOK + number, base=base, reward_gradient=gradient,
-            samples_per_condition=each, world=(1, 0),
+            samples_per_condition=each, world=(1, 0), bad=bad,
         )  # fmt: skip
+        judge_together(host, sampler.on_bad_reward, bad)  # each process looks at prompts of its own
         path = replace(path, lam=host.current_lam())
         return path[path.weight > 0]
 

@@ -9,7 +9,6 @@ The first is the divergence of the laws of whole paths, an upper bound of that o
 noise whose steps of std = 0 are the base's; of an ODE, a transport, or steered samples there is none.
 """
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,18 +63,15 @@ class Judges:
             shown: images to keep.
         """
         sampler = find_sampler(host).variant()
-        sampler.on_bad_reward = "skip"
         batch, each = (torch.zeros(n), 1) if prompt is None else ([prompt], n)
         looks, paths = [], []
         for base in (True, False):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*are left out")  # the report names them
-                paths += [
-                    sampler.rollout(
-                        host, batch, stream="test", number=number, base=base, samples_per_condition=each, world=(1, 0)
-                    )
-                ]
-            looks.append(self._look(host, paths[-1], prompt, shown))
+            path = sampler.rollout(
+                host, batch, stream="test", number=number, base=base, samples_per_condition=each, world=(1, 0),
+                bad=[],  # the figures say which samples are bad
+            )  # fmt: skip
+            paths.append(path)
+            looks.append(self._look(host, path, prompt, shown))
         one, two = looks
         moved = (two.features - one.features).flatten(1).norm(dim=1).double()
         kl = path_kl(host, sampler, paths[1], self.micro_batch)

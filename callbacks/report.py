@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..chain import Evaluations, slices
 from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
-from ..interfaces.not_finite import agree
+from ..interfaces.not_finite import agree, judge_together
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
 from ..trajectory import Trajectory
 from ..transition import Transition
-from .bad_samples import tolerant_rollout
 from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
 from .processes import gathered, moved
@@ -131,23 +130,30 @@ class TiltReport(Callback):
         world, rank, asked = host.trainer.world_size, host.trainer.global_rank, self._asked
         # As many prompts on every process, some of them twice, since the network of a sharded model is called together.
         mine = range(rank, -(-len(asked) // world) * world, world)
-        own, bad = list[tuple[int, PromptSamples]](), list[str]()
+        own, bad, empty = list[tuple[int, PromptSamples]](), list[str](), list[str]()
         for i in mine:  # to the end: a process that stopped alone would leave the others waiting
-            samples, complaints = self._sample_prompt(host, i % len(asked), n, base)
-            own += [] if samples is None else [(i, samples)]
-            bad += complaints
-        agree(host, bad)
+            samples = self._sample_prompt(host, i % len(asked), n, base, bad)
+            if samples is None:
+                prompt = asked[i % len(asked)]
+                empty.append(
+                    f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
+                    f"{'the density' if prompt is None else repr(prompt)} has a finite reward"
+                )
+            else:
+                own.append((i, samples))
+        judge_together(host, self._sampler(host).on_bad_reward, bad)
+        agree(host, empty, "Mend the reward, or remove the prompt.")
         found = {i: samples for part in gathered(own) for i, samples in part}
         return [found[i] for i in range(len(asked))]
 
     @torch.no_grad()
-    def _sample_prompt(self, host: Any, number: int, n: int, base: bool) -> tuple[PromptSamples | None, list[str]]:
-        """The samples of one prompt, if there are good ones, and what the policy makes of the others."""
+    def _sample_prompt(self, host: Any, number: int, n: int, base: bool, bad: list[str]) -> PromptSamples | None:
+        """The good samples of one prompt, if there are any; what is said of the others goes into `bad`."""
         prompt = self._asked[number]
         batch: Any = torch.zeros(1) if prompt is None else [prompt]
         sampler = self._sampler(host)
-        path, bad = tolerant_rollout(
-            sampler, host, batch, stream="report", number=number, base=base, samples_per_condition=n, world=(1, 0)
+        path = sampler.rollout(
+            host, batch, stream="report", number=number, base=base, samples_per_condition=n, world=(1, 0), bad=bad
         )
         good = path.weight.cpu() > 0
         rewards, log_w = path.reward.double().cpu(), host.lam.lam * path.reward
@@ -156,14 +162,9 @@ class TiltReport(Callback):
             log_w = chain.log_weights(host.predictor, path, host.lam.lam, sampler.guidance_scale, self.micro_batch)
         log_w = log_w.double().cpu()
         if not bool(good.any()):
-            bad.append(
-                f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
-                f"{'the density' if prompt is None else repr(prompt)} has a finite reward; mend the reward, or remove "
-                "the prompt"
-            )
-            return None, bad
+            return None
         judged, features, shown = self._look(host, path, prompt, good)
-        return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown), bad
+        return PromptSamples(rewards[good], log_w[good], judged, float(pairwise_diversity(features)), shown)
 
     def _look(
         self, host: Any, path: Trajectory, prompt: str | None, good: Tensor

@@ -93,7 +93,6 @@ class TrajectorySampler(Resumable):
         self.replay_samples = replay_samples
         self.rollout_micro_batch = rollout_micro_batch
         self.reward_micro_batch = reward_micro_batch
-        self.on_bad_reward = on_bad_reward
         self.skipped = 0
         self.base_last_step = base_last_step
         self.exact_resume = exact_resume
@@ -101,6 +100,7 @@ class TrajectorySampler(Resumable):
         self.seed = global_seed() if seed is None else seed
         self.evaluations = Evaluations()
         self.seconds, self.reward_figures = dict[str, float](), dict[str, Tensor]()
+        self._bad = BadSamples(on_bad_reward)
         self._buffer = ReplayBuffer(buffer_size, passes)
         self._trajectory: Trajectory | None = None
 
@@ -108,11 +108,6 @@ class TrajectorySampler(Resumable):
     def on_bad_reward(self) -> BadPolicy:
         """What becomes of numbers that are not finite: "stop" or "skip"."""
         return self._bad.policy
-
-    @on_bad_reward.setter
-    def on_bad_reward(self, policy: BadPolicy) -> None:
-        """Another policy, for this sampler alone."""
-        self._bad = BadSamples(policy)
 
     @property
     def memoryless(self) -> bool:
@@ -169,13 +164,13 @@ class TrajectorySampler(Resumable):
 
     def _fresh(self, loss: Loss, batch: Any) -> Trajectory:
         """A new rollout of the current model, with what the loss adds to it."""
-        start = time.perf_counter()
+        start, bad = time.perf_counter(), list[str]()
         gradient = loss.needs_reward_gradient
-        path = self.rollout(loss, batch, stream="train", number=self._rollouts, reward_gradient=gradient)
+        path = self.rollout(loss, batch, stream="train", number=self._rollouts, reward_gradient=gradient, bad=bad)
         self._rollouts += 1
         middle = time.perf_counter()
         path = loss.prepare(replace(path, lam=loss.current_lam()))
-        path, self.reward_figures = self._bad.prepared(loss, path if loss.needs_path else path.ends())
+        path, self.reward_figures = self._bad.prepared(loss, path if loss.needs_path else path.ends(), bad)
         self.seconds = {"rollout": middle - start, "adjoint": time.perf_counter() - middle}
         return path
 
@@ -190,6 +185,7 @@ class TrajectorySampler(Resumable):
         base: bool = False,
         samples_per_condition: int | None = None,
         world: tuple[int, int] | None = None,
+        bad: list[str] | None = None,
     ) -> Trajectory:
         """Roll out the host's current model, or its base, on a batch and score the end points once.
 
@@ -203,6 +199,7 @@ class TrajectorySampler(Resumable):
             base: roll out the base instead.
             samples_per_condition: paths for each prompt; None takes the sampler's.
             world: how many processes share the rollout, and the number of this one; None: the Trainer's.
+            bad: takes what is said of samples that are not finite, and the caller judges; None: judged here.
 
         Returns:
             The trajectory of len(batch) x samples_per_condition samples, those of a prompt side by side.
@@ -240,7 +237,7 @@ class TrajectorySampler(Resumable):
         with torch.autocast(device.type, enabled=False):
             trajectory = score_end_points(host, trajectory, reward_gradient, self.reward_micro_batch)
         chain.evaluations.reward += len(trajectory)
-        return self._bad.scored(host, trajectory, stream)
+        return self._bad.scored(host, trajectory, stream, bad)
 
     def _draw(self, stream: Stream, number: int, sample: list[int], predictor: Predictor) -> Tensor:
         """X_0 and z_0 ... z_{K-1}: (K + 1, n, *shape)."""

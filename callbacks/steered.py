@@ -16,6 +16,7 @@ from torch import Tensor
 from ..chain import evaluating
 from ..identities import resample
 from ..interfaces import Loss
+from ..interfaces.not_finite import judge, where_of
 from ..noise import Stream, keyed_normal, keyed_uniform_rows
 from ..run_folder import write_json
 from ..steering import SMC, Steered
@@ -66,10 +67,12 @@ class SteeredSampler(TrajectorySampler):
         base: bool = False,
         samples_per_condition: int | None = None,
         world: tuple[int, int] | None = None,
+        bad: list[str] | None = None,
     ) -> Trajectory:
         """As `TrajectorySampler.rollout`, of steered particles: a record of end points alone, with log weights gone.
 
-        With `base` a plain rollout of the base, which steered samples are compared with.
+        With `base` a plain rollout of the base, which steered samples are compared with. Particles whose reward is not
+        finite are never drawn, unless a prompt has no others: then its samples have weight 0.
 
         Raises:
             TypeError: if the host is no loss, whose lam is the tilt.
@@ -77,7 +80,7 @@ class SteeredSampler(TrajectorySampler):
         if base:
             return super().rollout(
                 host, batch, stream=stream, number=number, reward_gradient=reward_gradient, base=True,
-                samples_per_condition=samples_per_condition, world=world,
+                samples_per_condition=samples_per_condition, world=world, bad=bad,
             )  # fmt: skip
         if not isinstance(host, Loss):
             raise TypeError(f"steering takes lam from a loss, and {type(host).__name__} is none")
@@ -95,27 +98,33 @@ class SteeredSampler(TrajectorySampler):
         with torch.autocast(device.type, enabled=False), evaluating(host.predictor):
             condition = host.predictor.encode(prompts, size).to(device)
             noise = host.predictor.project(noise).to(device, dtype)
-            lam = host.lam.lam
-            steered = self.smc.run(chain, host.predictor, host.reward, condition, noise, lam, uniforms=uniforms)
+            lam, told = host.lam.lam, list[str]()
+            steered = self.smc.run(
+                chain, host.predictor, host.reward, condition, noise, lam, uniforms=uniforms, bad=told
+            )
+        found = [f"{message}{where_of(host)}" for message in told]
+        judge(self.on_bad_reward, found, bad)
         kept = self._kept(steered, size, wanted, number)
-        self.found.append(
-            {
-                "prompts": prompts,
-                "log_z": steered.log_z.as_dict(),
-                "ess": steered.ess.mean((1, 2)).tolist(),
-                "resampled": int(steered.resampled.sum()),
-            }
-        )
-        end = steered.end[kept.to(device)][None]
+        if steered.log_z.n:  # without a good particle there is nothing to say
+            self.found.append(
+                {
+                    "prompts": prompts,
+                    "log_z": steered.log_z.as_dict(),
+                    "ess": steered.ess.mean((1, 2)).tolist(),
+                    "resampled": int(steered.resampled.sum()),
+                }
+            )
+        end, reward = steered.end[kept.to(device)][None], steered.reward[kept.to(device)].to(dtype)
+        end, good = torch.where(end.isfinite(), end, 0.0), reward.isfinite()
         return Trajectory(
             chain.t[-1:], end, end[:0], condition, steered.index[kept], torch.tensor(particles)[kept],
-            reward=steered.reward[kept.to(device)].to(dtype), lam=lam, rollout=number,
-            weight=end.new_ones(len(kept)),
+            reward=torch.where(good, reward, 0.0), lam=lam, rollout=number, weight=good.to(end),
         )  # fmt: skip
 
     def _kept(self, steered: Steered, size: int, wanted: int, number: int) -> Tensor:
-        """Particles of each prompt by their final weights, `wanted` of them, on the CPU."""
+        """Particles of each prompt by their final weights, `wanted` of them, on the CPU; any, where all weigh 0."""
         log_w = steered.log_w.view(size, -1).cpu()
+        log_w = torch.where(log_w.isfinite().any(1, keepdim=True), log_w, 0.0)
         uniforms = keyed_uniform_rows(self.seed, "resample", number, range(size))
         kept = [resample(log_w[c], count=wanted, uniforms=uniforms[c : c + 1]) for c in range(size)]
         return torch.cat([c * log_w.shape[1] + i for c, i in enumerate(kept)])

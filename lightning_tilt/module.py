@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_tilt.chain import slices
 from lightning_tilt.interfaces import Evaluator, Loss, Predictor, Reward, find_sampler
-from lightning_tilt.interfaces.not_finite import agree
+from lightning_tilt.interfaces.not_finite import judge_together
 from lightning_tilt.metrics import MeanWithError, PairwiseDiversity
 from lightning_tilt.noise import Stream
 from lightning_tilt.shards import clip_gradients, in_pieces
@@ -110,12 +110,19 @@ class TiltModule(LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Images of the current model: {"images": (N, ...), "prompts": list or None, "reward": (N,)}, on the CPU."""
-        trajectory = self._rollout(batch, batch_idx, "predict")
+        bad = list[str]()
+        trajectory = self._rollout(batch, batch_idx, "predict", bad)
+        judge_together(self, find_sampler(self).on_bad_reward, bad, running=True)
         return {
             "images": self._decode(trajectory).cpu(),
             "prompts": trajectory.prompts,
             "reward": torch.where(trajectory.weight > 0, trajectory.reward, torch.nan).cpu(),
         }
+
+    def on_predict_epoch_end(self) -> None:
+        """Wait for processes that have one batch more, and hear what they have found."""
+        while judge_together(self, find_sampler(self).on_bad_reward, []):
+            pass
 
     @property
     def _evaluated(self) -> bool:
@@ -123,11 +130,7 @@ class TiltModule(LightningModule):
         return any(isinstance(c, Evaluator) for c in callbacks)
 
     def _look(self, batch: Any, batch_idx: int, stream: Stream) -> None:
-        try:
-            trajectory = self._rollout(batch, batch_idx, stream)
-        except FloatingPointError as error:  # said when all processes are done: one that stopped alone would hold them
-            self._seen.bad = self._seen.bad or [str(error)]
-            return
+        trajectory = self._rollout(batch, batch_idx, stream, self._seen.bad)
         trajectory = trajectory[trajectory.weight > 0]  # without samples that were skipped
         if len(trajectory) == 0:
             return
@@ -139,7 +142,7 @@ class TiltModule(LightningModule):
                 self._seen.diversity.update(images[group == g])
 
     def _report(self, name: str) -> None:
-        agree(self, self._seen.bad)
+        judge_together(self, find_sampler(self).on_bad_reward, self._seen.bad)
         estimate = self._seen.reward.compute()
         values = {f"{name}/reward": estimate["mean"], f"{name}/reward_se": estimate["se"]}
         # `compute` waits for all processes: all of them enter it, or none, whoever saw groups of its own.
@@ -152,8 +155,8 @@ class TiltModule(LightningModule):
         with torch.no_grad():
             return torch.cat([self.predictor.decode(trajectory.end[i]) for i in cuts])
 
-    def _rollout(self, batch: Any, batch_idx: int, stream: Stream) -> Trajectory:
-        return find_sampler(self).rollout(self, batch, stream=stream, number=batch_idx)
+    def _rollout(self, batch: Any, batch_idx: int, stream: Stream, bad: list[str]) -> Trajectory:
+        return find_sampler(self).rollout(self, batch, stream=stream, number=batch_idx, bad=bad)
 
 
 class _Seen:

@@ -43,12 +43,12 @@ class BadLoss(AdjointMatchingTask):
     """A loss that is not finite, or whose gradient is not, where the batch has a certain prompt."""
 
     where = "loss"
-    prompt = "seven"
+    prompts = ("seven", "bb")
 
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         loss, logged = super().loss(trajectory)
         assert trajectory.prompts is not None
-        if self.prompt not in trajectory.prompts:
+        if not set(self.prompts) & set(trajectory.prompts):
             return loss, logged
         if self.where == "loss":
             return loss * torch.inf, logged
@@ -204,7 +204,6 @@ PROMPTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff", "ggggggg", "hhhhhhhh"]
 
 def run(case: str, policy: Any, batch_size: int, folder: Path, name: str, **kwargs: Any) -> None:
     """Two updates, with one bad prompt in one batch of one process."""
-    BadLoss.prompt = "bb"
     rewards = {
         "reward": Bad("bb"),
         "validate": Bad("bb"),

@@ -8,9 +8,11 @@ found is said with optimiser step, rank and prompts, and one policy serves all o
             finite, there is no update, neither by momentum nor by weight decay
 
 A process that raised alone would leave the others waiting for it: so each counts what it has found, the counts are
-added, and all of them draw the same conclusion.
+added, and all of them draw the same conclusion.  A rollout whose caller brings a list writes into it what it finds, and
+the caller judges; without a list the rollout judges by itself.
 """
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
@@ -22,10 +24,12 @@ from lightning_tilt.trajectory import Trajectory
 if TYPE_CHECKING:
     from lightning_tilt.interfaces.loss import Loss
 
-__all__ = ["BadPolicy", "UpdateGuard", "agree", "gathered", "named", "stop_together", "where_of"]
+__all__ = ["MEND", "BadPolicy", "UpdateGuard", "agree", "gathered", "judge", "judge_together", "named", "where_of"]
 
 BadPolicy = Literal["stop", "skip"]
 """What to do about a number that is not finite."""
+
+MEND = "Mend the reward, or pass sampler.on_bad_reward: skip."
 
 
 def gathered(value: Any) -> list[Any]:
@@ -37,29 +41,58 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def stop_together(found: list[str], mend: str) -> NoReturn:
-    """Raise on every process what was found on any; all of them must ask.
-
-    Raises:
-        FloatingPointError: always.
-    """
-    everything = [message for messages in gathered(found) for message in messages]
-    raise FloatingPointError("; ".join(everything) + ". " + mend)
-
-
-def agree(host: Any, found: list[str]) -> None:
+def agree(host: Any, found: list[str], mend: str, running: bool = False) -> bool:
     """Raise on every process if one of them has found something; all of them must ask.
 
     Args:
         host: whose Trainer knows the processes.
-        found: what this process would have raised.
+        found: what this process has found.
+        mend: what to do about it.
+        running: whether this process will ask again though the others may have nothing left to do.
+
+    Returns:
+        Whether any process is `running`.
 
     Raises:
         FloatingPointError: with the messages of all processes.
     """
-    count = torch.tensor(float(len(found)), device=host.device)
-    if float(host.trainer.strategy.reduce(count, reduce_op="sum")) > 0:
-        raise FloatingPointError(" ".join(message for messages in gathered(found) for message in messages))
+    counts = torch.tensor([float(len(found)), float(running)], device=host.trainer.strategy.root_device)
+    bad, others = cast(Tensor, host.trainer.strategy.reduce(counts, reduce_op="sum")).tolist()
+    if bad:
+        _stop([message for messages in gathered(found) for message in messages], mend)
+    return bool(others)
+
+
+def judge(policy: BadPolicy, found: list[str], bad: list[str] | None = None) -> None:
+    """What a process by itself makes of samples that are not finite: an error, or a warning.
+
+    Args:
+        policy: "stop" or "skip".
+        found: what is said of them.
+        bad: takes it, and the caller judges; None: judged here.
+
+    Raises:
+        FloatingPointError: under "stop", if anything was found and nobody else judges.
+    """
+    if bad is not None:
+        bad += found
+        return
+    if found and policy == "stop":
+        _stop(found, MEND)
+    for message in found:
+        warnings.warn(f"{message}; they are left out.", stacklevel=3)
+
+
+def judge_together(host: Any, policy: BadPolicy, found: list[str], running: bool = False) -> bool:
+    """The same of all processes, each with what it has found: see `agree`."""
+    if policy == "stop":
+        return agree(host, found, MEND, running)
+    judge(policy, found)
+    return False
+
+
+def _stop(found: list[str], mend: str) -> NoReturn:
+    raise FloatingPointError("; ".join(found) + ". " + mend)
 
 
 def named(samples: list[int], prompts: list[str] | None) -> str:
@@ -112,7 +145,8 @@ class UpdateGuard:
             host.sampler.skipped += 1
             return False
         if host.sampler.on_bad_reward == "stop":
-            stop_together(
+            agree(
+                host,
                 _complaints(host, losses, bad_losses > 0),
                 "Lower lam or the learning rate, or pass sampler.on_bad_reward: skip, which makes no such update.",
             )

@@ -35,7 +35,6 @@ class Sampler(ABC):
         replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
-        on_bad_reward: "stop" or "skip": what becomes of numbers that are not finite.
         skipped: updates of training that were not made, for want of a good sample or of a finite gradient.
         reward_figures: what the last fresh rollout says of the parts of its reward, by name.
         seconds: wall time of the parts of the current batch's rollout, by name.
@@ -57,9 +56,13 @@ class Sampler(ABC):
     evaluations: "Evaluations"
     exact_resume: bool
     seconds: dict[str, float]
-    on_bad_reward: BadPolicy
     skipped: int
     reward_figures: dict[str, Tensor]
+
+    @property
+    @abstractmethod
+    def on_bad_reward(self) -> BadPolicy:
+        """What becomes of numbers that are not finite: "stop" or "skip"."""
 
     @property
     @abstractmethod
@@ -101,8 +104,13 @@ class Sampler(ABC):
         base: bool = False,
         samples_per_condition: int | None = None,
         world: tuple[int, int] | None = None,
+        bad: list[str] | None = None,
     ) -> Trajectory:
-        """Roll out the current model (or its base) on a batch of prompts and score the end points once."""
+        """Roll out the current model (or its base) on a batch of prompts and score the end points once.
+
+        `bad` takes what is said of samples that are not finite, where the caller judges (`judge_together`): a process
+        that raised in its rollout would leave the others waiting. None: the policy is applied here.
+        """
 
 
 def find_sampler(host: LightningModule) -> Sampler:

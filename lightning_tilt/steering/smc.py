@@ -30,8 +30,9 @@ class Steered:
 
     Attributes:
         end: X_K, (N, *shape).
-        log_w: log weights of the end points, (N,), float64; within a prompt they are comparable across replicates.
-        log_z: log E_base[exp(lam r)], the mean over prompts; its `n` counts replicates.
+        log_w: log weights of the end points, (N,), float64; within a prompt they are comparable across replicates;
+            -inf where the reward is not finite.
+        log_z: log E_base[exp(lam r)], the mean over prompts; its `n` counts replicates, 0 without a good particle.
         ess: of each replicate on arrival at k = 1 .. K, before it is resampled, as a fraction, (K, C, replicates).
         resampled: which were resampled there, (K, C, replicates), bool; never at K.
         reward: r(X_K), (N,).
@@ -107,6 +108,7 @@ class SMC:
         lam: float,
         *,
         uniforms: Tensor,
+        bad: list[str] | None = None,
     ) -> Steered:
         """Steer C times `particles` particles through the chain.
 
@@ -118,16 +120,18 @@ class SMC:
             noise: X_0 and z_0 ... z_{K-1}, (K + 1, C particles, *shape), the particles of a condition together.
             lam: the multiplier.
             uniforms: numbers in [0, 1) that resampling reads, (K, C particles), one row a step.
+            bad: takes what is said of rewards and gradients that are not finite, and the particles go on: on the way
+                such a number counts as 0, which is a twist too; at the end such a particle has weight 0.
 
         Raises:
             ValueError: if `noise` or `uniforms` have another shape, or a reward without gradient is to guide.
-            FloatingPointError: if a reward or its gradient is not finite, naming step and prompts.
+            FloatingPointError: without `bad`, if a reward or its gradient is not finite, naming step and prompts.
         """
         self._check(chain, reward, condition, noise, uniforms)
         index = torch.arange(len(condition)).repeat_interleave(self.particles)
         twisted = Twisted(
             chain, predictor, reward, condition[index], lam, self.twist, self.power, self.guided,
-            self.proposal == "tuned", self.scale, self.micro_batch,
+            self.proposal == "tuned", self.scale, self.micro_batch, None if bad is None else {},
         )  # fmt: skip
         x = chain.process.initial(noise[0])
         log_w = torch.zeros(len(x), dtype=torch.float64, device=x.device)
@@ -148,7 +152,9 @@ class SMC:
                 x = mean + std * (u + z)
                 log_w = log_w - psi - path_log_ratio(u, z).double()
             r = torch.cat([twisted.score(x[i], chain.steps, i) for i in slices(len(x), self.micro_batch)])
-        log_w = log_w + lam * r.double()
+        if bad is not None:
+            bad += (twisted.told or {}).values()
+        log_w = torch.where(r.isfinite(), log_w + lam * r.double(), -math.inf)
         fractions = self._fractions(log_w)
         history.append((fractions, torch.zeros_like(fractions, dtype=torch.bool)))
         shape = (chain.steps, len(condition), self.replicates)
@@ -161,8 +167,8 @@ class SMC:
         return self.particles // self.replicates
 
     def _fractions(self, log_w: Tensor) -> Tensor:
-        """The ESS of each replicate, (C replicates,)."""
-        return ess_rows(log_w.view(-1, self._size))
+        """The ESS of each replicate, (C replicates,); 0 without a particle of positive weight."""
+        return ess_rows(log_w.view(-1, self._size)).nan_to_num(0.0)
 
     def _resampled(self, log_w: Tensor, low: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
         """Indices of the particles that are kept, and their log weights; replicates that are not low keep all."""
@@ -174,9 +180,10 @@ class SMC:
         return kept.flatten(), rows.flatten()
 
     def _log_z(self, log_w: Tensor) -> Estimate:
-        """From each prompt's replicates, (C, replicates) unbiased Z."""
+        """From each prompt's replicates, (C, replicates) unbiased Z; prompts without a good particle are left out."""
         z = _log_mean(log_w.view(-1, self.replicates, self._size))
-        return stratified([log_partition(replicates) for replicates in z])
+        known = [log_partition(replicates) for replicates in z[z.isfinite().any(1)]]
+        return stratified(known) if known else Estimate(math.nan, math.nan, 0)
 
     def _check(self, chain: Chain, reward: Reward, condition: Condition, noise: Tensor, uniforms: Tensor) -> None:
         n = len(condition) * self.particles

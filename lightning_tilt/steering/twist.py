@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
 from lightning_tilt.evaluations import slices
+from lightning_tilt.interfaces.not_finite import named
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.transition import control
@@ -40,6 +41,7 @@ class Twisted:
         tuned: move by the tuned model's mean in place of the base's.
         scale: classifier-free guidance.
         micro_batch: particles in one network call; None: all.
+        told: takes what is said of numbers that are not finite, once of the same prompts; None: they are an error.
     """
 
     chain: Chain
@@ -53,6 +55,7 @@ class Twisted:
     tuned: bool
     scale: float
     micro_batch: int | None
+    told: dict[str, str] | None = None
 
     def look(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         """psi_k (N,), the base's mean and the control u of F (N, *shape) at the states of step k."""
@@ -85,16 +88,19 @@ class Twisted:
             return mean, x.new_zeros(len(x)), torch.zeros_like(x)
         with torch.set_grad_enabled(guided):
             r = self.score(x1_hat if twist == "x1_hat" else x, k, i)
+        psi, good = torch.where(r.isfinite(), r, 0.0).detach(), r.isfinite()
         if not guided:
-            return mean, r, torch.zeros_like(x)
+            return mean, psi, torch.zeros_like(x)
         if twist == "x1_hat":
             chain.evaluations.vjp += len(x) * (1 if self.scale == 1.0 else 2)
         (gradient,) = torch.autograd.grad(r, x, torch.ones_like(r), materialize_grads=True)
-        self._refuse_bad(gradient.flatten(1).sum(1), k, i, "gradient of the reward")
-        return mean, r.detach(), self.predictor.project(gradient)
+        # Where the reward itself is bad that has been said.
+        good = good & self._finite(torch.where(good, gradient.flatten(1).sum(1), 0.0), k, i, "gradient of the reward")
+        gradient = torch.where(good.view(-1, *(1,) * (x.ndim - 1)), gradient, 0.0)
+        return mean, psi, self.predictor.project(gradient)
 
     def score(self, x: Tensor, k: int, i: slice) -> Tensor:
-        """The rewards of decoded states, (B,), checked."""
+        """The rewards of decoded states, (B,), checked; what is not finite has been told."""
         prompts = self.condition.prompts
         r = self.reward.score(self.predictor.decode(x), None if prompts is None else prompts[i])
         self.chain.evaluations.reward += len(x)
@@ -108,18 +114,23 @@ class Twisted:
                 f"{type(self.reward).__name__}.score has no gradient although is_differentiable is True: remove "
                 "no_grad, detach or numpy from it, or set is_differentiable = False"
             )
-        self._refuse_bad(r, k, i, "reward")
+        self._finite(r.detach(), k, i, "reward")
         return r
 
-    def _refuse_bad(self, values: Tensor, k: int, i: slice, what: str) -> None:
-        bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
+    def _finite(self, values: Tensor, k: int, i: slice, what: str) -> Tensor:
+        """Which values are finite, (B,); the others are an error, or told of."""
+        finite, prompts = torch.isfinite(values), self.condition.prompts
+        bad = [(i.start or 0) + j for j in (~finite).nonzero().flatten().tolist()]
         if bad:
-            prompts = self.condition.prompts
-            named = sorted({repr(prompts[i][j]) for j in bad}) if prompts else [f"particle {(i.start or 0) + bad[0]}"]
-            raise FloatingPointError(
+            who = named(bad, prompts)
+            message = (
                 f"the {what} {type(self.reward).__name__} is not finite for {len(bad)} of {len(values)} particles at "
-                f"step {k} of {self.chain.steps} ({', '.join(named[:3])}): steering weighs by it; mend the reward"
+                f"step {k} of {self.chain.steps} ({who})"
             )
+            if self.told is None:
+                raise FloatingPointError(f"{message}: steering weighs by it; mend the reward")
+            self.told.setdefault(f"{what} {who if prompts else ''}", message)
+        return finite
 
     def _level(self, k: int) -> float:
         """The factor of lam r in psi_k: 0 at the start, 1 at the end."""
