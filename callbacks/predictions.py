@@ -56,8 +56,8 @@ class PredictionWriter(BasePredictionWriter):
             self._rows.append((name, "" if prompts is None else prompts[i], reward))
         self._images.append(images)
 
-    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the grid and the table."""
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the grid and the table, once all processes have said that their samples are good."""
         if not self._images:
             return
         folder, images = self._folder(trainer), torch.cat(self._images)

@@ -40,10 +40,10 @@ def steer(
 ) -> Steered:
     g = torch.Generator().manual_seed(more.get("seed", 0))
     chain = more.get("chain") or Chain(predictor.process, DDIM(), predictor.process.grid(K))
-    n = len(condition) * smc.particles
+    n, bad = len(condition) * smc.particles, more.get("bad")
     noise = torch.randn(chain.steps + 1, n, *predictor.state_shape, generator=g, dtype=torch.float64)
     uniforms = torch.rand(chain.steps, n, generator=g, dtype=torch.float64)
-    return smc.run(chain, predictor, reward, condition, noise, lam, uniforms=uniforms)
+    return smc.run(chain, predictor, reward, condition, noise, lam, uniforms=uniforms, bad=bad)
 
 
 def replicates(smc: SMC, steered: Steered) -> tuple[Tensor, Tensor]:
@@ -276,6 +276,37 @@ def test_bad_rewards_are_named() -> None:
     net = PromptedNet(PROCESS).double()
     with pytest.raises(FloatingPointError, match=r"\('a', 'bb'\)"):
         steer(SMC(), net, Bad("nan"), condition=net.encode(["a", "bb"], 2))
+
+
+class Holes(Reward):
+    """r(x) = x, of which there is no value, or no gradient, above a threshold."""
+
+    def __init__(self, of: str) -> None:
+        super().__init__()
+        self.of = of
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        x = images[:, 0]
+        above = x > 1
+        return x.masked_fill(above, math.nan) if self.of == "reward" else x + torch.where(above, (x - x).sqrt(), 0.0)
+
+
+@pytest.mark.parametrize("of", ["reward", "gradient"])
+@pytest.mark.parametrize("guided", [False, True])
+def test_particles_without_a_reward_weigh_nothing_and_the_rest_is_unbiased(of: str, guided: bool) -> None:
+    """E[e^x; x <= 1] of a Gaussian, or E[e^x] where the gradient alone is missing."""
+    smc, bad = SMC(particles=16_000, replicates=2000, guided=guided), list[str]()
+    steered = steer(smc, gaussian(MU, V, PROCESS), Holes(of), 1.0, bad=bad)
+    m, v = oracles.laws(CHAIN)[-1]
+    kept = 0.5 * math.erfc((m + v - 1) / math.sqrt(2 * v)) if of == "reward" else 1.0
+    assert_unbiased(smc, steered, m + v / 2 + math.log(kept))
+    assert torch.equal(steered.log_w.isinf(), steered.reward.isnan()) and bool(steered.reward.isnan().any()) == (
+        of == "reward"
+    )
+    assert bool(steered.end.isfinite().all()) and bool(steered.ess.isfinite().all())
+    # Said once, at the first step: the gradient is asked for there already.
+    first = "gradient of the reward Holes" if of == "gradient" else "reward Holes"
+    assert len(bad) == (of == "reward" or guided) and all(f"the {first} is not finite for" in text for text in bad)
 
 
 @pytest.mark.parametrize(
