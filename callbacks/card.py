@@ -73,6 +73,7 @@ def model_card(
         *(["Its steps are the memoryless ones: another sampler (an ODE, other steps, other guidance) draws from "
            "another law, near the tilted one and not the same; the figures are of the tuned chain."] if memoryless
           else ["Another sampler draws from another law; the figures are of the tuned chain."]),
+        *_decoder(predictor.borrowed_decoder, whole),
         "",
         *_configuration(run / "config.yaml"),
         "Versions: " + ", ".join(f"{name} {number}" for name, number in versions().items()) + ".",
@@ -131,6 +132,14 @@ def _figures(fit: dict[str, Any], test: dict[str, Any], updates: int | None) -> 
 def _use(predictor: ExportablePredictor, whole: bool, steps: int, guidance_scale: float) -> list[str]:
     code = predictor.how_to_load(whole, steps, guidance_scale)
     return ["## Use", "", "```python", code, "```", "", "`FOLDER` is where this file lies.", ""] if code else []
+
+
+def _decoder(borrowed: str, whole: bool) -> list[str]:
+    if not borrowed:
+        return []
+    where = "the pipeline here has its own VAE" if whole else "the base pipeline has its own VAE"
+    text = f"Rewards and figures are of images that the small decoder `{borrowed}` made; {where}, whose images are"
+    return ["", f"{text} slightly other ones, and so are their rewards."]
 
 
 def _configuration(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from plain_diffusers import PROMPTS
 from safetensors.torch import load_file, save_file
-from tiny import kick
+from tiny import kick, small_decoder
 from toys import PromptedNet, SumReward, trainer
 
 from lightning_tilt.callbacks import Evaluation, ExponentialMovingAverage, ExportWeights, TiltReport, TrajectorySampler
@@ -151,6 +151,22 @@ def test_a_hub_name_is_the_base_of_the_card(load: Any, tmp_path: Path, monkeypat
     predictor.pipeline.register_to_config(_name_or_path="owner/model")
     export(predictor, tmp_path)
     assert head((tmp_path / "lora/README.md").read_text())["base_model"] == "owner/model"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sd3"])
+def test_the_card_names_the_small_decoder_that_the_reward_saw(family: str, load: Any, tmp_path: Path) -> None:
+    decoder = small_decoder(tmp_path / "small")
+    export(load(family, tiny_vae=str(tmp_path / "small")), tmp_path)
+    for name, where in (("lora", "the base pipeline has"), ("pipeline", "the pipeline here has")):
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"images that the small decoder `{tmp_path}/small` made; {where} its own VAE" in card
+        scope: dict[str, Any] = {"FOLDER": tmp_path / name}
+        exec(card.split("```python\n")[1].split("```")[0], scope)
+        loaded = scope["pipeline"].vae.state_dict()
+        assert loaded.keys() == decoder.state_dict().keys()
+        assert all(torch.equal(loaded[key], value) for key, value in decoder.state_dict().items())
+    export(load(family), tmp_path / "own")
+    assert "decoder" not in (tmp_path / "own/pipeline/README.md").read_text()
 
 
 def test_mistakes_are_named() -> None:

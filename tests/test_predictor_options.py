@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from command import DIGITS, overlay, tilt
-from tiny import batch, kick
+from tiny import batch, kick, small_decoder
 
 from lightning_tilt.models import LatentDiffusion
 from lightning_tilt.models.lora import adapters_off
@@ -116,12 +116,7 @@ def test_tiles_are_for_large_images_and_have_their_gradient(load: Any) -> None:
 
 
 def test_the_small_decoder_is_what_the_reward_sees(load: Any, tmp_path: Path, sd15_folder: Path) -> None:
-    from diffusers import AutoencoderTiny
-
-    sizes = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
-    torch.manual_seed(0)
-    tiny = AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), upsampling_scaling_factor=2)
-    tiny.save_pretrained(tmp_path / "tiny")
+    tiny = small_decoder(tmp_path / "tiny")
     predictor = load("sd15", tiny_vae=tmp_path / "tiny", gradient_checkpointing=True)
     x = torch.randn(2, 4, 8, 8, requires_grad=True)
     images = predictor.decode(x)
@@ -131,9 +126,7 @@ def test_the_small_decoder_is_what_the_reward_sees(load: Any, tmp_path: Path, sd
     torch.testing.assert_close(ours, theirs)
     assert not any(p.requires_grad for p in predictor.vae.module.parameters())
     assert type(predictor.pipeline.vae).__name__ == "AutoencoderKL"  # an export of the pipeline has its own
-    AutoencoderTiny(**sizes, num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1), latent_channels=16).save_pretrained(
-        tmp_path / "other"
-    )
+    small_decoder(tmp_path / "other", latent_channels=16)
     with pytest.raises(ValueError, match="latents of 16 channels, and the denoiser's have 4: take the small decoder"):
         load("sd15", tiny_vae=tmp_path / "other")
     with pytest.raises(FileNotFoundError, match=r"tiny_vae .* could not be loaded"):

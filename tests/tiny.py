@@ -51,6 +51,19 @@ def clip_encoder(projected: bool) -> Any:
     return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config)
 
 
+def small_decoder(folder: Path, latent_channels: int = 4) -> Any:
+    """A small autoencoder with random weights, for 16 x 16 images, saved in a folder."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    made = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1), upsampling_scaling_factor=2, latent_channels=latent_channels,
+    )  # fmt: skip
+    made.save_pretrained(folder)
+    return made
+
+
 def vae(**config: Any) -> Any:
     """4 latent channels, 16 x 16 images, 8 x 8 latents."""
     from diffusers import AutoencoderKL

@@ -139,6 +139,11 @@ class ExportablePredictor(Predictor):
         """The name of what was tuned, a folder or a name on the Hub; empty if it has none."""
         return ""
 
+    @property
+    def borrowed_decoder(self) -> str:
+        """The name of a decoder that is none of the tuned model's own, whose images the reward sees; empty: its own."""
+        return ""
+
     def how_to_load(self, whole: bool, steps: int, guidance_scale: float) -> str:
         """Python that loads the exported `FOLDER`, for its model card; empty if nothing is known.
 

@@ -34,7 +34,9 @@ def tuned_pipeline(pipeline: Any, denoiser: str, adapted: bool) -> Any:
     return whole
 
 
-def how_to_load(pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps: int, guidance_scale: float) -> str:
+def how_to_load(
+    pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps: int, guidance_scale: float, tiny_vae: str = ""
+) -> str:
     """Python that loads an exported folder in plain diffusers and draws an image.
 
     Args:
@@ -44,6 +46,7 @@ def how_to_load(pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps:
         whole: whether the folder is the whole pipeline.
         steps: of the chain that was tuned.
         guidance_scale: of that chain.
+        tiny_vae: the small decoder whose images were rewarded, in place of the pipeline's own; empty: none.
     """
     kind, network = type(pipeline).__name__, type(pipeline.components[denoiser]).__name__
     base = str(pipeline.name_or_path)
@@ -60,6 +63,12 @@ def how_to_load(pipeline: Any, denoiser: str, adapted: bool, whole: bool, steps:
             f"tuned = {network}.from_pretrained(FOLDER, subfolder={denoiser!r})",
             f"pipeline = {kind}.from_pretrained({base!r}, {denoiser}=tuned)",
         ]  # fmt: skip
+    if tiny_vae:
+        lines[0] += "\nfrom diffusers import AutoencoderTiny"
+        lines += [
+            "# The decoder of the fit; without this line the pipeline's own VAE makes slightly other images.",
+            f"pipeline.vae = AutoencoderTiny.from_pretrained({tiny_vae!r})",
+        ]
     call = f'"a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}'
     if "beta_schedule" in pipeline.scheduler.config:
         lines[0] += "\nfrom diffusers import DDIMScheduler"

@@ -120,6 +120,7 @@ class LatentDiffusion(TextConditioned):
         # The pipeline keeps its own VAE, for exports; it is not moved to the device then.
         vae = parts["vae"] if tiny_vae is None else load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config)
         self.vae: Frozen[Any] = Frozen(vae)
+        self._tiny_vae = "" if tiny_vae is None else str(tiny_vae)
         if vae_slicing:
             vae.enable_slicing()
         if vae_tiling:
@@ -233,9 +234,15 @@ class LatentDiffusion(TextConditioned):
         """The folder or Hub name that the pipeline was loaded from."""
         return str(self._pipeline.name_or_path)
 
+    @property
+    def borrowed_decoder(self) -> str:
+        """`tiny_vae`; the exported pipeline has its own VAE all the same."""
+        return self._tiny_vae
+
     def how_to_load(self, whole: bool, steps: int, guidance_scale: float) -> str:
         """Python for plain diffusers."""
-        return how_to_load(self._pipeline, self.denoiser, bool(self._adapted), whole, steps, guidance_scale)
+        adapted, decoder = bool(self._adapted), self._tiny_vae
+        return how_to_load(self._pipeline, self.denoiser, adapted, whole, steps, guidance_scale, decoder)
 
     def _shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """Shape of one latent for images of `height` x `width` pixels."""
