@@ -28,7 +28,9 @@ from ..checkpoints import AtomicCheckpointIO
 from ..interfaces import Loss, Sampler
 from .buffer import ReplayBuffer, dealt
 from .leaving import Departure
+from .owed import epoch_over, rows_come_again, validate, validation_due
 from .place import check_place, finished_epochs, plateaus, watched_by
+from .processes import collected, distributed
 from .random_states import random_states, set_random_states
 from .surroundings import network_context
 
@@ -68,6 +70,7 @@ class Resumable(Sampler, Callback):
         self._after_batch: dict[str, Any] | None = None
         self._beyond = False  # whether a batch has begun since
         self._validating = False
+        self._due = False  # whether the last update has still to be validated
         self._stage = "fit"
         self._pending = False  # whether schedulers that watch a metric have still to step for the last batch
         self._loops: dict[str, Any] | None = None
@@ -80,6 +83,7 @@ class Resumable(Sampler, Callback):
             "batches": self.batches, "rollouts": self._rollouts, "since": self._since, "seed": self.seed,
             "evaluations": asdict(self.evaluations), "samples_per_condition": self.samples_per_condition,
             "buffer": self._buffer.state_dict() if self.replays and not due else [], "skipped": self.skipped,
+            "reward_figures": self.reward_figures,  # logged until the next rollout
         }  # fmt: skip
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,6 +97,7 @@ class Resumable(Sampler, Callback):
         if self._stage != "fit":  # what only looks at a model draws from no buffer
             self.evaluations.__dict__.update(state_dict["evaluations"])
             return
+        self.reward_figures = state_dict.get("reward_figures", {})
         own = self._own_part(state_dict)
         self.evaluations.__dict__.update(own["evaluations"])
         self._buffer.load_state_dict(own["buffer"])
@@ -123,9 +128,14 @@ class Resumable(Sampler, Callback):
                 epochs.scheduler_progress.increment_ready()
                 config.scheduler.step(value)
                 epochs.scheduler_progress.increment_completed()
+            rows_come_again(trainer)
+        self._due = self._resumed is not None and self._resumed["due"]
         self._remember(trainer, pl_module, None if self._resumed is None else self._loops)
         self._resumed = self._loops = None
         self.departure.watch(trainer)
+        if self._due:
+            self._after_batch = random_states(trainer.strategy.root_device)
+            validate(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the state is beyond the boundary."""
@@ -139,15 +149,16 @@ class Resumable(Sampler, Callback):
         self._pending = True
         self._after_batch = random_states(trainer.strategy.root_device)
         if not trainer.fit_loop._should_accumulate():
+            self._due = validation_due(trainer)
             self._remember(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What is saved in mid-validation is the state before it: a resumed run goes on without repeating it."""
+        """What is saved in mid-validation is the state before it: a resumed run begins it anew."""
         self._validating = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Training draws what it would have drawn without this validation, which a resumed run may not repeat."""
-        self._validating = False
+        self._validating, self._due = False, self._due and (self._beyond or trainer.sanity_checking)
         if self._after_batch is not None and not trainer.sanity_checking:
             set_random_states(self._after_batch, trainer.strategy.root_device)
 
@@ -158,7 +169,7 @@ class Resumable(Sampler, Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What follows only reports: one process may still be told to leave, several end at once."""
         self.departure.over = True
-        if _distributed():
+        if distributed():
             self.departure.unwatch(default=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -179,10 +190,13 @@ class Resumable(Sampler, Callback):
             checkpoint["loops"]["fit_loop"] = at.loops
             checkpoint["state_dict"].update({k: v for k, v in at.buffers.items() if k in checkpoint["state_dict"]})
             checkpoint["loss"] = at.carried
+        elif at is not None and at.step == trainer.global_step and epoch_over(checkpoint["loops"]["fit_loop"]):
+            checkpoint["loops"]["fit_loop"] = at.loops
         finished_epochs(checkpoint["loops"]["fit_loop"])
         watched = watched_by(trainer) if self._pending else []
-        ranks = _collected({"random": random, "buffer": own["buffer"], "evaluations": own["evaluations"]})
-        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks, "watched": watched}
+        ranks = collected({"random": random, "buffer": own["buffer"], "evaluations": own["evaluations"]})
+        owed = {"watched": watched, "due": self._due}
+        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks, **owed}
 
     def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint's state is for this process.
@@ -190,12 +204,13 @@ class Resumable(Sampler, Callback):
         Raises:
             ValueError: if the buffer cannot be dealt out to as many processes as there are now.
         """
-        ranks, watched = state.get("ranks", []), state.get("watched", [])
-        world, rank = (dist.get_world_size(), dist.get_rank()) if _distributed() else (1, 0)
+        ranks = state.get("ranks", [])
+        world, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+        owed = {"watched": state.get("watched", []), "due": state.get("due", False)}
         if len(ranks) == world:
-            self._resumed = {"random": ranks[rank]["random"], "watched": watched}
+            self._resumed = {"random": ranks[rank]["random"], **owed}
             return {**state, "buffer": ranks[rank]["buffer"], "evaluations": ranks[rank]["evaluations"]}
-        self._resumed = {"random": None, "watched": watched}
+        self._resumed = {"random": None, **owed}
         if not ranks:
             return state
         rank_zero_warn(
@@ -231,24 +246,3 @@ class Resumable(Sampler, Callback):
             buffers={name: buffer.detach().clone() for name, buffer in own},
             carried=pl_module.carried() if isinstance(pl_module, Loss) else {},
         )
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
-def _collected(part: dict[str, Any]) -> list[dict[str, Any]]:
-    """The parts of all processes, on process 0; all of them must ask."""
-    if not _distributed() or dist.get_world_size() == 1:
-        return [part]
-    parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(_on_cpu(part), parts)
-    return [part] if parts is None else parts
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {name: _on_cpu(v) for name, v in value.items()}
-    return [_on_cpu(v) for v in value] if isinstance(value, list) else value

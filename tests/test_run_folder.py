@@ -48,6 +48,31 @@ def test_metrics_cut_short_by_a_crash_are_still_read(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.csv")["b"][2] == 4.0
 
 
+def test_rows_that_come_again_are_dropped(tmp_path: Path) -> None:
+    first = RunLogger(tmp_path)
+    for step in range(4):
+        first.log_metrics({"loss": step / 2}, step)
+        if step % 2 == 1:
+            first.log_metrics({"val": float(step)}, step)
+    with first.path.open("a") as file:
+        file.write("1")  # of step 12, cut short
+    logger = RunLogger(tmp_path)
+    logger.go_on_after(1)
+    lines = ["step,loss,val", "0,0.0,", "1,0.5,", "1,,1.0"]
+    assert logger.path.read_text().splitlines() == lines
+    # What the checkpoint's last step writes again takes its place; other metrics of it, and all later ones, come after.
+    logger.log_metrics({"val": 7.0}, 1)
+    logger.log_metrics({"ess": 0.5}, 1)
+    logger.log_metrics({"loss": 9.0}, 2)
+    logger.log_metrics({"loss": 9.0}, 2)
+    again = ["2,9.0,,", "2,9.0,,"]
+    assert logger.path.read_text().splitlines() == [
+        "step,loss,val,ess", "0,0.0,,", "1,0.5,,", "1,,7.0,", "1,,,0.5", *again,
+    ]  # fmt: skip
+    RunLogger(tmp_path / "nowhere").go_on_after(3)
+    assert {p.name for p in tmp_path.iterdir()} == {"metrics.csv"}
+
+
 def test_json_is_written_whole_and_earlier_ones_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "new" / "report.json"
     for i in range(3):

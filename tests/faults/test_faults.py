@@ -10,7 +10,7 @@ from runs import RUNS, Fault, faults, survive, whole
 def test_a_run_survives(tmp_path: Path) -> None:
     series = [Fault("write", 3, signal.SIGKILL), Fault("rollout", 30, signal.SIGTERM)]
     outcomes, found = survive(
-        "Adjoint Matching", tmp_path / "killed", series, whole("Adjoint Matching", tmp_path / "a")
+        "Adjoint Matching", tmp_path / "killed", series, whole("Adjoint Matching", tmp_path / "alone")
     )
     assert found is None, found
     assert [(o.status, o.at) for o in outcomes] == [(-signal.SIGKILL, 1), (128 + signal.SIGTERM, 2)]
