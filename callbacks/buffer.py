@@ -8,8 +8,9 @@ import torch
 
 from ..noise import keyed_choice
 from ..trajectory import Trajectory
+from .processes import everywhere
 
-__all__ = ["ReplayBuffer", "dealt"]
+__all__ = ["ReplayBuffer", "dealt", "everybodys"]
 
 
 class ReplayBuffer:
@@ -46,15 +47,31 @@ class ReplayBuffer:
         """One of the rollouts, each as likely as any other, keyed by the number of the batch."""
         return self._use(keyed_choice(seed, "buffer", batch, range(len(self)), 1)[0])
 
-    def draw_samples(self, seed: int, batch: int, samples: int) -> Trajectory:
-        """Different samples of all rollouts, as many as there are at most, keyed by the number of the batch."""
+    def draw_samples(self, seed: int, batch: int, samples: int, world: int = 1, rank: int = 0) -> Trajectory:
+        """Different samples of all rollouts, as many as there are at most, keyed by the number of the batch.
+
+        Args:
+            seed: of the key.
+            batch: of the key.
+            samples: for each process.
+            world: processes, all of which have the same buffer and share the draw out in turn.
+            rank: the number of this one.
+        """
         if self._whole is None:
             whole = Trajectory.cat(self._rollouts)
             good = whole.weight > 0
-            # Of a process without any, what is left has weight 0: it still takes its part in the update.
             self._whole = whole if bool(good.all()) or not bool(good.any()) else whole[good]
         n = len(self._whole)
-        return self._whole[torch.tensor(keyed_choice(seed, "buffer", batch, range(n), min(samples, n)))]
+        # All processes make as many network calls: what cannot be shared out evenly is left.
+        drawn = keyed_choice(seed, "buffer", batch, range(n), min(samples, n // world) * world)
+        if not drawn:  # fewer samples than processes: each trains on all, which is the same mean
+            return self._whole
+        return self._whole[torch.tensor(drawn[rank::world])]
+
+    def to(self, device: torch.device) -> None:
+        """Move what a checkpoint brought; numbers of samples and conditions stay on the CPU, as in a rollout."""
+        self._rollouts = [replace(t.to(device), index=t.index, sample=t.sample) for t in self._rollouts]
+        self._whole = None
 
     def clear(self) -> None:
         """Forget all rollouts."""
@@ -112,3 +129,14 @@ def dealt(parts: Sequence[Sequence[dict[str, Any]]], each: int, world: int, rank
         record = replace(own, condition=own.condition[wanted], index=torch.arange(len(wanted)).repeat_interleave(each))
         mine.append({"uses": uses, **record.as_dict()})
     return mine
+
+
+def everybodys(trajectory: Trajectory, each: int) -> Trajectory:
+    """One rollout of all processes, in the order of its samples: what one process would have drawn; all must ask."""
+    parts = everywhere(trajectory.as_dict())
+    if len(parts) == 1:
+        return trajectory
+    (record,) = dealt([[{"uses": 0, **part}] for part in parts], each, 1, 0)
+    del record["uses"]
+    whole = Trajectory.from_dict(record)
+    return replace(whole.to(trajectory.end.device), index=whole.index, sample=whole.sample)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..interfaces.not_finite import gathered
 
-__all__ = ["collected", "distributed", "gathered", "moved"]
+__all__ = ["collected", "distributed", "everywhere", "gathered", "moved"]
 
 
 @contextmanager
@@ -28,6 +28,15 @@ def moved(module: LightningModule, device: torch.device) -> Iterator[None]:
 def distributed() -> bool:
     """Whether processes are connected, be it one alone."""
     return dist.is_available() and dist.is_initialized()
+
+
+def everywhere(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parts of all processes, on each of them, on the CPU if they are several; all must ask."""
+    if not distributed() or dist.get_world_size() == 1:
+        return [part]
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, _on_cpu(part))
+    return parts
 
 
 def collected(part: dict[str, Any]) -> list[dict[str, Any]]:

@@ -118,6 +118,7 @@ class Resumable(Sampler, Callback):
             self._buffer.clear()
         else:
             check_place(trainer, self.exact_resume)
+            self._buffer.to(trainer.strategy.root_device)
             epochs = trainer.fit_loop.epoch_loop
             if epochs.batch_progress.total.ready == 0:
                 epochs.restarting = False  # nothing was trained yet, and Lightning would count a batch for it
@@ -194,9 +195,11 @@ class Resumable(Sampler, Callback):
             checkpoint["loops"]["fit_loop"] = at.loops
         finished_epochs(checkpoint["loops"]["fit_loop"])
         watched = watched_by(trainer) if self._pending else []
-        ranks = collected({"random": random, "buffer": own["buffer"], "evaluations": own["evaluations"]})
+        shared = self.replay_samples is not None  # then all processes have the same buffer
+        buffer = [] if shared and trainer.global_rank > 0 else own["buffer"]
+        ranks = collected({"random": random, "buffer": buffer, "evaluations": own["evaluations"]})
         owed = {"watched": watched, "due": self._due}
-        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks, **owed}
+        checkpoint["callbacks"][self.state_key] = {**own, "buffer": [], "ranks": ranks, "shared": shared, **owed}
 
     def _own_part(self, state: dict[str, Any]) -> dict[str, Any]:
         """What a checkpoint's state is for this process.
@@ -206,21 +209,23 @@ class Resumable(Sampler, Callback):
         """
         ranks = state.get("ranks", [])
         world, rank = (dist.get_world_size(), dist.get_rank()) if distributed() else (1, 0)
+        as_before = len(ranks) == world
         owed = {"watched": state.get("watched", []), "due": state.get("due", False)}
-        if len(ranks) == world:
-            self._resumed = {"random": ranks[rank]["random"], **owed}
-            return {**state, "buffer": ranks[rank]["buffer"], "evaluations": ranks[rank]["evaluations"]}
-        self._resumed = {"random": None, **owed}
+        self._resumed = {"random": ranks[rank]["random"] if as_before else None, **owed}
         if not ranks:
             return state
-        rank_zero_warn(
-            f"the checkpoint is of {len(ranks)} processes and this run has {world}: samples are the same, the global "
-            "random states of torch, numpy and Python are not"
-        )
-        counts: dict[str, int] = {name: 0 for name in state["evaluations"]}
-        if rank == 0:
-            counts = {name: sum(part["evaluations"][name] for part in ranks) for name in counts}
-        buffer = dealt([part["buffer"] for part in ranks], state["samples_per_condition"], world, rank)
+        counts = ranks[rank]["evaluations"] if as_before else {name: 0 for name in state["evaluations"]}
+        if not as_before:
+            rank_zero_warn(
+                f"the checkpoint is of {len(ranks)} processes and this run has {world}: samples are the same, the "
+                "global random states of torch, numpy and Python are not"
+            )
+            if rank == 0:
+                counts = {name: sum(part["evaluations"][name] for part in ranks) for name in counts}
+        parts = [part["buffer"] for part in (ranks[:1] if state["shared"] else ranks)]
+        holders, mine = (1, 0) if self.replay_samples is not None else (world, rank)
+        as_held = len(parts) == holders
+        buffer = parts[mine] if as_held else dealt(parts, state["samples_per_condition"], holders, mine)
         return {**state, "buffer": buffer, "evaluations": counts}
 
     def _context(self, host: Any) -> Callable[[], AbstractContextManager[Any]]:

@@ -24,7 +24,7 @@ from ..noise import Stream, keyed_normal
 from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
 from .bad_samples import BadSamples
-from .buffer import ReplayBuffer
+from .buffer import ReplayBuffer, everybodys
 from .resumable import Resumable
 from .scoring import score_end_points
 from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, prompts_of
@@ -48,7 +48,8 @@ class TrajectorySampler(Resumable):
         buffer_size: fresh rollouts that are kept for the batches between.
         passes: batches that train on one rollout before it leaves the buffer; None: until newer ones push it out. A
             fresh rollout is made early when none is left.
-        replay_samples: samples that each batch draws from the whole buffer; None: a batch trains on one rollout.
+        replay_samples: samples that each batch, of each process, draws from the whole buffer, which then every process
+            has of all of them; None: a batch trains on one rollout.
         rollout_micro_batch: samples in one network call of the rollout; None: all at once.
         reward_micro_batch: samples decoded and scored at once; None: all at once.
         on_bad_reward: what to do when a reward, its gradient, an adjoint or the loss is not finite: `stop` raises on
@@ -154,12 +155,17 @@ class TrajectorySampler(Resumable):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.seconds = {}
         if len(self._buffer) == 0 or self._since >= self.rollout_every:
-            self._trajectory = self._buffer.add(self._fresh(pl_module, batch), keep=self._bad.good > 0)
+            fresh, keep = self._fresh(pl_module, batch), self._bad.good > 0
+            if keep and self.replay_samples is not None:
+                fresh = everybodys(fresh, self.samples_per_condition)
+            self._trajectory = self._buffer.add(fresh, keep)
             self._since = 0
         elif self.replay_samples is None:
             self._trajectory = self._buffer.draw(self.seed, self.batches)
         if self.replay_samples is not None and len(self._buffer) > 0:
-            self._trajectory = self._buffer.draw_samples(self.seed, self.batches, self.replay_samples)
+            self._trajectory = self._buffer.draw_samples(
+                self.seed, self.batches, self.replay_samples, trainer.world_size, trainer.global_rank
+            )
         self.batches, self._since = self.batches + 1, self._since + 1
 
     def _fresh(self, loss: Loss, batch: Any) -> Trajectory:

@@ -32,8 +32,10 @@ class Loader(StatefulDataLoader):  # type: ignore[misc]
         if state_dict.get("_iterator_finished"):
             return  # the next epoch begins anew; torchdata would begin it with the sampler at its end
         place = state_dict.get("_sampler_iter_state")
-        if place is not None and self.batch_size is not None:
-            served = min(state_dict["_num_yielded"] * self.batch_size, len(self.sampler))
+        # Where Lightning shares the samples out itself, `sampler` and `batch_size` are no longer the loader's own.
+        batches = self.batch_sampler
+        if place is not None and batches is not None:
+            served = min(state_dict["_num_yielded"] * batches.batch_size, len(batches.sampler))
             place = {**place, "samples_yielded": served}
             if "sampler_state" in place:
                 place["sampler_state"] = {**place["sampler_state"], "yielded": served}

@@ -32,7 +32,7 @@ class Sampler(ABC):
         batches: training batches so far, the current one included; restored by a checkpoint.
         buffer_size: rollouts that are kept for the batches between two fresh ones.
         rollout_every: batches from one fresh rollout to the next.
-        replay_samples: samples that each batch draws from a buffer of rollouts; None: a batch is one rollout.
+        replay_samples: samples of each process that a batch draws from a buffer of rollouts; None: it is one rollout.
         guidance_scale: classifier-free guidance of the rollout.
         samples_per_condition: samples drawn for each condition of a batch.
         skipped: updates of training that were not made, for want of a good sample or of a finite gradient.
