@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DistributedSampler
+from torchdata.stateful_dataloader.sampler import BatchSampler
 
 from lightning_tilt.data import DrawsDataModule, PromptDataModule, read_prompts
+from lightning_tilt.data.loader import Loader
 
 
 def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
@@ -178,6 +181,22 @@ for module in data:
     trainer = Trainer(max_epochs=2, strategy="ddp_fork", devices=2, enable_checkpointing=False, **QUIET)
     trainer.fit(Shared(), module)
 """
+
+
+def test_a_shared_loader_goes_on_with_batches_of_another_size() -> None:
+    """Lightning rebuilds a loader that it shares out with the batch sampler alone."""
+
+    def loader(size: int, rank: int, world: int) -> Loader:
+        share = DistributedSampler(range(16), world, rank, shuffle=False)  # type: ignore[arg-type]
+        return Loader(dataset=range(16), batch_sampler=BatchSampler(share, size, drop_last=False))
+
+    one = loader(4, 0, 1)
+    batches = iter(one)
+    assert [next(batches).tolist() for _ in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    halves = [loader(2, rank, 2) for rank in range(2)]
+    for half in halves:
+        half.load_state_dict(one.state_dict())
+    assert [[b.tolist() for b in half] for half in halves] == [[[8, 10], [12, 14]], [[9, 11], [13, 15]]]
 
 
 @pytest.mark.slow

@@ -175,3 +175,22 @@ def test_a_buffer_is_dealt_out_to_other_processes() -> None:
         same(dealt([one], each, 2, rank), two[rank])
     with pytest.raises(ValueError, match="4 conditions, which 3 processes cannot share evenly"):
         dealt([one], each, 3, 0)
+
+
+def test_processes_share_one_draw_of_a_common_buffer() -> None:
+    module, sampler, _, _ = make("on policy")
+    module._trainer = trainer([sampler], max_steps=0)
+    buffer = ReplayBuffer(2)
+    for number in range(2):
+        path = sampler.rollout(module, ["a", "bb", "ccc"], stream="validate", number=number)
+        buffer.add(path.ends())
+    one = buffer.draw_samples(0, 3, 8)
+    halves = [buffer.draw_samples(0, 3, 4, 2, rank) for rank in range(2)]
+    for rank, half in enumerate(halves):
+        assert torch.equal(half.end, one.end[rank::2]) and half.prompts == (one.prompts or [])[rank::2]
+    # 12 samples over 5 processes: two each; over 20: all of them for everybody, which has the same mean.
+    assert [len(buffer.draw_samples(0, 3, 4, 5, rank)) for rank in range(5)] == [2] * 5
+    assert len(buffer.draw_samples(0, 3, 4, 20, 19)) == 12
+    buffer.to(torch.device("meta"))
+    (first, _) = buffer.state_dict()
+    assert first["states"].device.type == "meta" and first["sample"].device.type == first["index"].device.type == "cpu"
