@@ -37,6 +37,7 @@ def go(folder: Path, name: str, kind: str, world: int, resume: str | None = None
     fit.fit(module, data, ckpt_path=None if resume is None else folder / f"{resume}/step={LEFT}.ckpt")
     record = {
         "gradients": seen.gradients,
+        "said": module._said,
         "weights": {n: p.detach() for n, p in module.named_parameters() if p.requires_grad},
         "drawn": [torch.cat([p.sample[:, None].to(p.end), p.end.flatten(1)], 1) for p in seen.trajectories],
     }
@@ -91,6 +92,9 @@ def test_what_is_replayed_and_learnt_is_the_same(kind: str, other: str, folder: 
     one = torch.load(folder / f"{kind} one0.pt", weights_only=True)
     parts = [torch.load(file, weights_only=True) for file in sorted(folder.glob(f"{kind} {other}[01].pt"))]
     assert len(parts) == (1 if other.endswith("one") else 2)
+    if kind == "end points":
+        said = "One update trains on 12 samples: 12 replayed end points"
+        assert parts[0]["said"] == said + " over 2 processes" * (len(parts) - 1)
     first = 0 if other == "two" else LEFT
     for step in range(first, END):
         drawn = torch.cat([part["drawn"][step - first] for part in parts])

@@ -77,6 +77,8 @@ def update_size(host: Any, trajectory: Trajectory) -> str:
     samples, conditions = together(host, counts)[0].sum(1).tolist()
     kind = "draws" if trajectory.prompts is None else "prompts"
     parts = [f"{conditions} {kind}" + (f" x {samples // conditions} samples" if samples % conditions == 0 else "")]
+    if host.sampler.replay_samples is not None:  # its conditions are those of the whole buffer
+        parts = [f"{samples} replayed end points"]
     if trainer.world_size > 1:
         parts.append(f"over {trainer.world_size} processes")
     if trainer.accumulate_grad_batches > 1:
