@@ -17,7 +17,7 @@ from lightning_tilt.estimate import Estimate, Settings, estimate
 from lightning_tilt.estimate.phases import condition_shapes
 from lightning_tilt.estimate.table import gigabytes, scaling_rows
 from lightning_tilt.estimate.tracking import count_flops
-from lightning_tilt.models.skeletons import without_weights
+from lightning_tilt.interfaces.skeleton import without_weights
 
 __all__ = ["forward_flops", "main", "read_config"]
 

@@ -11,8 +11,8 @@ from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.data import PromptDataModule
 from lightning_tilt.estimate import Estimate, Settings, estimate
 from lightning_tilt.estimate.phases import condition_shapes
+from lightning_tilt.interfaces.skeleton import without_weights
 from lightning_tilt.models import LatentDiffusion, StableDiffusion, StableDiffusion3
-from lightning_tilt.models.skeletons import without_weights
 from lightning_tilt.rewards import Ink
 from lightning_tilt.tasks import AdjointMatchingTask
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_tilt.data import read_prompts
-from lightning_tilt.estimate.settings import class_of
+from lightning_tilt.estimate.classes import class_of
 
 __all__ = ["encode_prompts"]
 

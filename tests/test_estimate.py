@@ -13,8 +13,9 @@ from lightning_tilt.estimate import Settings, estimate, table
 from lightning_tilt.estimate.phases import _Run, _WithoutNumbers, simulate
 from lightning_tilt.estimate.tracking import AllocationTracker, cuda_autocast, fake_mode
 from lightning_tilt.interfaces import find_sampler
+from lightning_tilt.interfaces.skeleton import skeleton_device, without_weights
 from lightning_tilt.models import StableDiffusion, StableDiffusion3
-from lightning_tilt.models.skeletons import build_part, skeleton_configs, skeleton_device, without_weights
+from lightning_tilt.models.skeletons import build_part, skeleton_configs
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD3 = "stabilityai/stable-diffusion-3-medium-diffusers"

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "losses": {"models", "rewards", "metrics", "callbacks", *SHARED},
     "module": {"models", "rewards", "metrics", "run", *SHARED},
     "run": SHARED,
-    "estimate": {"models", "rewards", "losses", "data", "assets", *SHARED},
+    "estimate": {"models", "rewards", "losses", "data", "assets", "run", *SHARED},
     "tasks": {"losses", "module"},
 }
 # What ties everything together: the command line, and the package's own lazy names.

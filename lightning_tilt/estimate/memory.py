@@ -14,13 +14,16 @@ import torch
 from torch import nn
 
 from lightning_tilt.chain import Chain
-from lightning_tilt.estimate.phases import Phase, condition_shapes, largest_block, simulate
+from lightning_tilt.estimate.optimizers import optimizer_cost
+from lightning_tilt.estimate.phases import Phase, condition_shapes, simulate
 from lightning_tilt.estimate.rewards import RewardNetwork, find_rewards
 from lightning_tilt.estimate.settings import Settings
-from lightning_tilt.estimate.tracking import AllocationTracker, tensor_bytes
+from lightning_tilt.estimate.sharing import ALONE, DDP, Gathering, Sharing, fitting_family, gathering
+from lightning_tilt.estimate.tracking import tensor_bytes
+from lightning_tilt.interfaces.skeleton import without_weights
 from lightning_tilt.models import LatentDiffusion
 from lightning_tilt.models.embeddings import PromptEmbeddings
-from lightning_tilt.models.skeletons import without_weights
+from lightning_tilt.strategies import Family
 
 __all__ = ["CONTEXT", "Estimate", "estimate", "forwards"]
 
@@ -44,9 +47,10 @@ class Estimate:
         paths: bytes of a rollout's states and noise.
         trajectory: bytes of a rollout with its adjoints.
         phases: what each part of an update needs.
-        block: bytes of the largest block, in the dtype that it computes in.
+        family: whose blocks the denoiser has.
+        gathers: what fsdp2 gathers, by family: the run's own, and the one that fits the denoiser.
         forwards: network evaluations an update, by part, of one process; see `forwards`.
-        uncounted: rewards whose networks are not known.
+        uncounted: what is not in these numbers, and why.
     """
 
     settings: Settings
@@ -60,40 +64,58 @@ class Estimate:
     paths: int
     trajectory: int
     phases: dict[str, Phase]
-    block: int
+    family: Family
+    gathers: dict[Family, Gathering]
     forwards: dict[str, float]
     uncounted: list[str]
 
-    def resident(self, devices: int = 1, strategy: str = "ddp") -> int:
+    def resident(self, devices: int = 1, sharing: Sharing | None = None) -> int:
         """Bytes of weights and of what belongs to them, on each of so many devices.
 
-        `ddp` keeps all of it everywhere and the gradients twice (its buckets); `fsdp2` shards the denoiser, its frozen
-        copy, gradients, optimiser and average, and gathers a block at a time (two: one is fetched ahead).
+        Args:
+            devices: in all.
+            sharing: a strategy that is modelled; None: ddp on several devices.
         """
-        denoiser = sum(b for (part, _), b in self.weights.items() if part in ("denoiser", "adapters", "frozen copy"))
-        sharded = denoiser + self.gradients + self.optimizer + self.average
-        kept = sum(self.weights.values()) - denoiser - (self.encoders if self.settings.drops_encoders else 0)
-        if devices == 1:
-            return kept + sharded
-        if strategy == "ddp":
-            return kept + sharded + self.gradients
-        return kept + -(-sharded // devices) + 2 * self.block
+        sharing = sharing or (ALONE if devices == 1 else DDP)
+        kept = sum(self.weights.values()) - self._denoisers - (self.encoders if self.settings.drops_encoders else 0)
+        if sharing.kind == "fsdp2":
+            shards = 0 if sharing.cpu_offload else self.shards(devices)
+            return kept + shards + self.gathers[sharing.family].held(sharing)
+        buckets = self.gradients if sharing.kind == "ddp" and not sharing.bucket_views else 0
+        return kept + self._denoisers + self.gradients + self.optimizer + self.average + buckets
+
+    def shards(self, devices: int) -> int:
+        """Bytes that fsdp2 deals out to each of so many processes: on its device, or offloaded in the CPU's memory."""
+        return -(-(self._denoisers + self.gradients + self.optimizer + self.average) // devices)
+
+    @property
+    def _denoisers(self) -> int:
+        return sum(b for (part, _), b in self.weights.items() if part in ("denoiser", "adapters", "frozen copy"))
 
     @property
     def encoders(self) -> int:
         """Bytes of the text encoders."""
         return sum(size for (part, _), size in self.weights.items() if part == "text encoders")
 
-    def peak(self, devices: int = 1, strategy: str = "ddp") -> int:
-        """Bytes at the fullest moment on each of so many devices, the allowance for CUDA included."""
-        step = self.optimizer_step if devices == 1 or strategy == "ddp" else self.optimizer_step // devices
+    def peak(self, devices: int = 1, sharing: Sharing | None = None) -> int:
+        """Bytes at the fullest moment on each of so many devices, the allowance for CUDA included; see `resident`."""
+        sharded = sharing is not None and sharing.kind == "fsdp2"
+        parts = devices if sharded else 1
         # The last rollout is there until the next one is whole.
         held = {"rollout": self.trajectory + self.paths, "reward": self.trajectory + self.paths}
         held |= {"adjoint": 2 * self.trajectory, "loss": self.trajectory}
+        if sharing is not None and sharded:
+            held["loss"] += self.gathers[sharing.family].reduced
+        offloaded = sharing is not None and sharing.cpu_offload
+        step = 0 if offloaded else self.optimizer_step // parts
         passing = max(self.trajectory + step, *(held[name] + phase.peak for name, phase in self.phases.items()))
         if self.settings.drops_encoders:  # at the start, when nothing but the weights is there
-            passing = max(passing, self.encoders - self.gradients - self.optimizer)
-        return self.resident(devices, strategy) + passing + (CONTEXT if self.settings.cuda else 0)
+            later = 0 if offloaded else (self.gradients + self.optimizer) // parts
+            passing = max(passing, self.encoders - later)
+        most = self.resident(devices, sharing) + passing
+        if sharing is not None and sharded and not offloaded:  # before anything else, to be cut there
+            most = max(most, self.gathers[sharing.family].moved)
+        return most + (CONTEXT if self.settings.cuda else 0)
 
 
 def estimate(settings: Settings) -> Estimate:
@@ -104,7 +126,8 @@ def estimate(settings: Settings) -> Estimate:
 
     Raises:
         FileNotFoundError: if the configuration of its pipeline is not known.
-        ValueError: for a predictor that is not of Stable Diffusion's kind.
+        ValueError: for a predictor that is not of Stable Diffusion's kind, a strategy for other blocks, an optimiser
+            that does not work.
     """
     kind, arguments = settings.predictor
     if not issubclass(kind, LatentDiffusion):
@@ -116,11 +139,14 @@ def estimate(settings: Settings) -> Estimate:
     judges, also_unknown = find_rewards(settings.callbacks, "judge ")
     trained = list(predictor.trained_parameters().values())
     parts = _parts(predictor, [*rewards, *judges])
-    block = largest_block(predictor.network)
-    compute = 2 if settings.autocast else next(predictor.network.parameters()).element_size()
-    state, passing = _optimizer_bytes(*settings.optimizer)
+    family = fitting_family(predictor.network)
+    gathers = {
+        f: gathering(predictor.sharded_networks(), f, settings.autocast) for f in {family, settings.sharing.family}
+    }
+    cost = optimizer_cost(*settings.optimizer)
     size = sum(p.numel() for p in trained)
-    numbers = forwards(settings, predictor)
+    if settings.sharing.activation_checkpointing:
+        predictor.checkpoint_activations()
     paths, trajectory = _trajectory(settings, predictor)
     phases = simulate(settings, predictor, rewards)
     return Estimate(
@@ -129,20 +155,26 @@ def estimate(settings: Settings) -> Estimate:
         counts={name: count for name, (count, _) in parts.items()},
         trained=size,
         gradients=tensor_bytes(trained),
-        optimizer=round(4 * size * state),
-        optimizer_step=round(4 * size * passing),
+        optimizer=round(4 * size * cost.state),
+        optimizer_step=round(4 * size * cost.passing),
         average=4 * size if settings.ema else 0,
         paths=paths,
         trajectory=trajectory,
         phases=phases,
-        block=block * compute,
-        forwards=numbers,
+        family=family,
+        gathers=gathers,
+        forwards=forwards(settings, predictor, cost.closures),
         uncounted=sorted({*unknown, *also_unknown}),
     )
 
 
-def forwards(settings: Settings, predictor: LatentDiffusion) -> dict[str, float]:
+def forwards(settings: Settings, predictor: LatentDiffusion, closures: int = 1) -> dict[str, float]:
     """Network evaluations of one rollout of one process, in forwards of a sample, as the sampler counts them.
+
+    Args:
+        settings: the run.
+        predictor: its predictor.
+        closures: how often the optimiser asks for the loss in a step.
 
     Returns:
         "rollout", "adjoint" (its forwards and VJPs), "loss" (forwards, recomputed ones, backwards), "total" of the
@@ -171,10 +203,10 @@ def forwards(settings: Settings, predictor: LatentDiffusion) -> dict[str, float]
     pairs = n * supervised if settings.pairs != n else n
     both = 2 if g_control == 2 and settings.unconditional_gradient else 1
     backward = pairs * predictor.backward_cost * both
-    found["loss"] = pairs * g_control * (2 if settings.checkpoint else 1) + backward
+    found["loss"] = closures * (pairs * g_control * (2 if settings.checkpoint else 1) + backward)
     found["total"] = settings.accumulate * sum(found.values())
-    checkpointed = settings.predictor[1].get("gradient_checkpointing")
-    found["recomputed"] = settings.accumulate * (vjp + pairs * both) if checkpointed else 0
+    checkpointed = settings.predictor[1].get("gradient_checkpointing") or settings.sharing.activation_checkpointing
+    found["recomputed"] = settings.accumulate * (vjp + closures * pairs * both) if checkpointed else 0
     return found
 
 
@@ -189,7 +221,7 @@ def _parts(predictor: LatentDiffusion, rewards: list[RewardNetwork]) -> dict[str
     encoders = [p for frozen in predictor.encoders for p in _held(frozen).parameters()]
     tensors["text encoders"] = list(encoders)
     for reward in rewards:
-        tensors.setdefault(reward.name, []).extend(reward.network.parameters())
+        tensors.setdefault(reward.name, []).extend(p for n in reward.networks for p in n.parameters())
     parts = {}
     for name, group in tensors.items():
         by = {d: tensor_bytes(t for t in group if t.dtype == d) for d in dict.fromkeys(t.dtype for t in group)}
@@ -212,22 +244,3 @@ def _trajectory(settings: Settings, predictor: LatentDiffusion) -> tuple[int, in
     paths = (2 * settings.steps + 2) * state + settings.batch_size * told * encoder
     swept = 1 + 2 * (settings.pairs // settings.samples) if settings.adjoint_micro_batch else 0
     return paths, paths + swept * state
-
-
-def _optimizer_bytes(kind: Any, arguments: dict[str, Any]) -> tuple[float, float]:
-    """State, and passing memory of a step, of an optimiser, in units of its parameters: it is tried on a small one."""
-    parameters = [nn.Parameter(torch.zeros(128, 128)) for _ in range(4)]
-    options = {n: v for n, v in arguments.items() if n not in ("foreach", "fused")}
-    try:
-        optimizer = kind(parameters, **options, foreach=True)  # what it does on a GPU
-    except TypeError:
-        optimizer = kind(parameters, **options)
-    for parameter in parameters:
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
-    tensors = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor) and t.numel() > 1]
-    known = [*parameters, *tensors, *(p.grad for p in parameters if p.grad is not None)]
-    with AllocationTracker(known) as tracker:
-        optimizer.step()
-    size = tensor_bytes(parameters)
-    return tensor_bytes(tensors) / size, tracker.peak / size

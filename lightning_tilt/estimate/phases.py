@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_tilt.chain import Chain, evaluating
 from lightning_tilt.condition import Condition
@@ -22,7 +22,7 @@ from lightning_tilt.models import LatentDiffusion
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.transition import DDIM, control
 
-__all__ = ["Phase", "condition_shapes", "largest_block", "simulate"]
+__all__ = ["Phase", "condition_shapes", "simulate"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def simulate(settings: Settings, predictor: LatentDiffusion, rewards: list[Rewar
     """
     process = predictor.process
     with fake_mode():
-        networks = [predictor.network, predictor.vae.module, *(r.network for r in rewards)]
+        networks = [predictor.network, predictor.vae.module, *(n for r in rewards for n in r.networks)]
         if settings.tuning == "full":
             networks.append(predictor.untuned.module)
         for network in networks:
@@ -161,7 +161,8 @@ class _Run:
 
     def _measure(self, size: int, call: Callable[[AllocationTracker], int], *inputs: Tensor | Condition) -> Phase:
         known = [t for i in inputs for t in ([i] if isinstance(i, Tensor) else i.tensors.values())]
-        for network in (self.predictor.network, self.predictor.vae.module, *(r.network for r in self.rewards)):
+        networks = [n for r in self.rewards for n in r.networks]
+        for network in (self.predictor.network, self.predictor.vae.module, *networks):
             known += [*network.parameters(), *network.buffers()]
         if self.settings.tuning == "full":
             known += self.predictor.untuned.module.parameters()
@@ -186,9 +187,3 @@ class _Run:
     def _autocast(self) -> Iterator[None]:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.autocast):
             yield
-
-
-def largest_block(network: nn.Module) -> int:
-    """Parameters of the largest of the blocks that a sharding strategy gathers at once."""
-    blocks = [m for m in network.modules() if isinstance(m, nn.ModuleList) for m in m]
-    return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)

@@ -1,88 +1,44 @@
-"""The networks behind the rewards, by the rewards' names: what they weigh, and what their gradient needs.
+"""The networks of the rewards in a configuration: each reward is built by its usual code, without its weights.
 
-All are vision transformers of CLIP's kind, whose image tower is what the gradient goes through; the text tower's
-embeddings are made once a prompt.
+A reward says itself whether that is possible (`has_skeleton`); one that does not is listed as not counted.  The text
+towers' embeddings are made once a prompt: what passes through a reward's networks is what its gradient goes through.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from lightning_tilt.estimate.settings import class_of
+from lightning_tilt.estimate.classes import class_of
+from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Reward
+from lightning_tilt.interfaces.skeleton import NoSkeleton, without_weights
+from lightning_tilt.rewards.combined import Combined
 
 __all__ = ["RewardNetwork", "find_rewards"]
-
-_TOWERS: dict[str, dict[str, dict[str, Any]]] = {
-    "ViT-L/14": {
-        "vision_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 224,
-        },
-        "text_config": {
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-        },
-    },
-    "ViT-H/14": {
-        "vision_config": {
-            "hidden_size": 1280,
-            "intermediate_size": 5120,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 224,
-        },
-        "text_config": {
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-        },
-    },
-}
-_DIMENSION = {"ViT-L/14": 768, "ViT-H/14": 1024}
-
-# Which tower a reward has; CLIPScore has the one that its path names.
-_REWARDS = {"HPSv2": "ViT-H/14", "PickScore": "ViT-H/14", "AestheticScore": "ViT-L/14"}
-_PATHS = {
-    "openai/clip-vit-large-patch14": "ViT-L/14",
-    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "ViT-H/14",
-}
-# Those without a network worth counting.
-_WITHOUT = {"Ink", "JPEGCompressibility", "DigitClassifier", "DigitAccuracy"}
 
 
 @dataclass
 class RewardNetwork:
-    """A CLIP on the meta device.
+    """A reward without weights, on the meta device.
 
     Attributes:
         name: of the reward.
-        network: its weights.
+        reward: with its networks.
     """
 
     name: str
-    network: nn.Module
-    _size: int = field(default=224)
+    reward: Reward
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """All that the reward holds in `Frozen`."""
+        return [part.module for part in self.reward.modules() if isinstance(part, Frozen)]
 
     def score(self, images: Tensor) -> Tensor:
-        """What the reward computes of images (B, 3, H, W): resize, normalise, image tower."""
-        model: Any = self.network
-        small = nn.functional.interpolate(images, (self._size, self._size), mode="bicubic", antialias=True)
-        pixels = ((small - 0.5) / 0.25).to(next(model.parameters()).dtype)
-        features = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
-        return nn.functional.normalize(features, dim=1).sum(1).to(images.dtype)
+        """What the reward computes of images (B, 3, H, W)."""
+        return self.reward.score_blank(images)
 
 
 def find_rewards(config: Any, prefix: str = "") -> tuple[list[RewardNetwork], list[str]]:
@@ -93,19 +49,34 @@ def find_rewards(config: Any, prefix: str = "") -> tuple[list[RewardNetwork], li
         prefix: put before their names.
 
     Returns:
-        Their networks, and the names of those that are not known here and so not counted.
+        Those with networks, and why others are not counted: a line for each that cannot be built without its weights.
+
+    Raises:
+        FileNotFoundError: for a reward whose files are not where its arguments say.
+        ValueError: for arguments that the reward refuses.
     """
     networks, unknown = [], []
     for path, arguments in _classes(config):
-        if not issubclass(class_of({"class_path": path}), Reward):
+        kind = class_of({"class_path": path})
+        if not issubclass(kind, Reward) or issubclass(kind, Combined):  # the parts of a combination come by themselves
             continue
-        name = path.rpartition(".")[2]
-        tower = _tower(name, arguments)
-        if tower is not None:
-            networks.append(RewardNetwork(prefix + name, _build(tower, arguments), _image_size(tower)))
-        elif name not in _WITHOUT and not any(True for _ in _classes(arguments)):
-            unknown.append(name)
+        found = _build(prefix + kind.__name__, kind, arguments)
+        if isinstance(found, str):
+            unknown.append(found)
+        elif found.networks:
+            networks.append(found)
     return networks, unknown
+
+
+def _build(name: str, kind: type[Reward], arguments: Mapping[str, Any]) -> RewardNetwork | str:
+    """A reward without weights, or why that is not possible."""
+    if not kind.has_skeleton or any(True for _ in _classes(arguments)):
+        return f"{kind.__name__}, which cannot be built without weights"
+    try:
+        with without_weights("meta"):
+            return RewardNetwork(name, kind(**arguments))
+    except NoSkeleton as error:
+        return str(error)
 
 
 def _classes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -121,37 +92,3 @@ def _classes(config: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     elif isinstance(config, (list, tuple)):
         for value in config:
             yield from _classes(value)
-
-
-def _tower(name: str, arguments: Mapping[str, Any]) -> Any:
-    """The configuration of a reward's CLIP, or None."""
-    if name in _REWARDS:
-        return _REWARDS[name]
-    if name != "CLIPScore":
-        return None
-    from lightning_tilt.assets import folder
-
-    path = arguments.get("path")
-    where = folder("digits-clip") if path is None else Path(str(path)).expanduser()
-    return where if Path(where).is_dir() else _PATHS.get(str(path))
-
-
-def _config(tower: Any) -> Any:
-    from transformers import CLIPConfig
-
-    if isinstance(tower, str):
-        return CLIPConfig(**_TOWERS[tower], projection_dim=_DIMENSION[tower])
-    return CLIPConfig.from_pretrained(tower)
-
-
-def _image_size(tower: Any) -> int:
-    return int(_config(tower).vision_config.image_size)
-
-
-def _build(tower: Any, arguments: Mapping[str, Any]) -> nn.Module:
-    from transformers import CLIPModel
-
-    dtype = getattr(torch, str(arguments.get("dtype") or "float32"))
-    with torch.device("meta"):
-        network: nn.Module = CLIPModel(_config(tower)).to(dtype)
-    return network.eval().requires_grad_(False)

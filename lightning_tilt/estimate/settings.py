@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import reduce
-from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 from lightning_tilt.data import read_prompts
+from lightning_tilt.estimate.classes import class_of
+from lightning_tilt.estimate.sharing import Sharing, read_devices, read_sharing
 from lightning_tilt.losses.adjoint_matching import AdjointMatching
 from lightning_tilt.losses.end_points import EndPointRegression
 from lightning_tilt.losses.path_controls import PathControls
 from lightning_tilt.transition import DDIM
 
-__all__ = ["Settings", "class_of"]
+__all__ = ["Settings"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class Settings:
         ema: whether an average of the trained parameters is kept.
         drops_encoders: whether the text encoders leave the memory when the fit starts.
         accumulate: rollouts an update.
+        sharing: what its strategy does.
+        devices: of a node; None: all that are found.
+        nodes: of the run.
         name: what the run is called.
     """
 
@@ -77,12 +80,20 @@ class Settings:
     ema: bool
     drops_encoders: bool
     accumulate: int
+    sharing: Sharing
+    devices: int | None
+    nodes: int
     name: str = field(default="")
 
     @property
     def loss_calls(self) -> int:
         """Micro-batches of the loss."""
         return -(-self.pairs // self.loss_micro_batch)
+
+    @property
+    def processes(self) -> int | None:
+        """Devices of all nodes together, one a process; None: not known before the run."""
+        return None if self.devices is None else self.devices * self.nodes
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "") -> "Settings":
@@ -93,7 +104,7 @@ class Settings:
             name: what to call the run.
 
         Raises:
-            ValueError: for a loss or a predictor that the estimate does not know.
+            ValueError: for a loss or a predictor that the estimate does not know, or a strategy that nobody has.
         """
         model, sampler, trainer = config["model"], config["sampler"], config["trainer"]
         loss, arguments = class_of(model), model["init_args"]
@@ -117,6 +128,7 @@ class Settings:
             raise ValueError(
                 f"the estimate wants data.batch_size >= 1 and sampler.steps >= 2, not {batch_size}, {steps}"
             )
+        devices, nodes = read_devices(trainer)
         precision = str(trainer.get("precision") or "32-true")
         return cls(
             name=name,
@@ -150,20 +162,10 @@ class Settings:
                 for c in callbacks
             ),
             accumulate=int(trainer.get("accumulate_grad_batches") or 1),
+            sharing=read_sharing(trainer.get("strategy"), None if devices is None else devices * nodes),
+            devices=devices,
+            nodes=nodes,
         )
-
-
-def class_of(config: Mapping[str, Any]) -> type:
-    """The class that a `class_path` names.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if "class_path" not in config:
-        raise ValueError(f"the estimate needs a class_path in {sorted(config)}")
-    module, _, name = str(config["class_path"]).rpartition(".")
-    found: type = reduce(getattr, name.split("."), cast(Any, import_module(module)))
-    return found
 
 
 def _samples(data: Mapping[str, Any], sampler: Mapping[str, Any]) -> tuple[int, int]:

@@ -1,10 +1,11 @@
-"""The estimate in print: what is in memory, and what an update costs on 1, 8 and 64 devices."""
+"""The estimate in print: this run's figure, what is in memory, and what an update costs on 1, 8 and 64 devices."""
 
 from collections.abc import Sequence
 
 from lightning_tilt.estimate.memory import CONTEXT, Estimate
+from lightning_tilt.estimate.sharing import ALONE, AUTO, Sharing
 
-__all__ = ["DEVICES", "gigabytes", "scaling_rows", "table"]
+__all__ = ["DEVICES", "gigabytes", "scaling_rows", "table", "this_run"]
 
 DEVICES = (1, 8, 64)
 
@@ -35,9 +36,9 @@ def table(found: Estimate) -> str:
         rows.append(("passing", f"{name}, {phase.samples} at once", gigabytes(phase.peak)))
     rows.append(("passing", "a step of the optimiser", gigabytes(found.optimizer_step)))
     rows.append(("peak", "all but what passes, and the largest of that", gigabytes(found.peak())))
-    lines = ["Memory of one process in GB (10^9 bytes), computed without weights"]
+    lines = [this_run(found), "", "Memory of one process alone in GB (10^9 bytes), computed without weights"]
     lines += [f"  {a:10s} {b:56s} {c:>9s}" for a, b, c in rows]
-    lines += [f"  not counted: the network of {name}" for name in found.uncounted]
+    lines += [f"  not counted: {what}" for what in found.uncounted]
     parts = found.forwards
     lines += [
         "",
@@ -49,16 +50,43 @@ def table(found: Estimate) -> str:
         f"  {'devices':>7s} {'samples':>8s} {'forwards':>12s} {'GB a device, ddp':>18s} {'GB a device, fsdp2':>20s}",
     ]
     lines += ["  {:>7s} {:>8s} {:>12s} {:>18s} {:>20s}".format(*row) for row in scaling_rows(found)]
-    lines.append("  plain ddp and fsdp2, whatever the strategy: _checkpoint, _offload and bucket views need less")
+    computing = ", both with its activation checkpointing" if settings.sharing.activation_checkpointing else ""
+    lines.append(f"  ddp, and fsdp2 by the blocks of the denoiser, whatever this run's strategy{computing}")
     return "\n".join(lines)
+
+
+def this_run(found: Estimate) -> str:
+    """The figure of this very run, under its strategy and on its devices."""
+    settings, sharing, n = found.settings, found.settings.sharing, found.settings.processes
+    if sharing.kind is None:
+        return f"This run: not modelled: the strategy {sharing.name}; known are ddp and fsdp2 with its variants"
+    nodes = f" of each of {settings.nodes} nodes" if settings.nodes > 1 else ""
+    if n is None:
+        counts = [m for m in DEVICES if m >= settings.nodes]
+        sizes = ", ".join(f"{gigabytes(found.peak(m, _on(sharing, m)))} on {m}" for m in counts)
+        told = f"This run: {sharing.name} on all devices{nodes} that it finds: GB a device {sizes}"
+    else:
+        one = f"{settings.devices} device{'' if settings.devices == 1 else 's'}{nodes}"
+        where = sharing.name if sharing.kind == "alone" and n == 1 else f"{sharing.name} on {one}"
+        told = f"This run: {where}: {gigabytes(found.peak(n, sharing))} GB a device"
+    if sharing.cpu_offload:
+        shards = ", ".join(f"{gigabytes(found.shards(m))} on {m}" for m in (DEVICES if n is None else [n]))
+        told += f"; and of the CPU's memory, GB a process {shards}"
+    return told
+
+
+def _on(sharing: Sharing, devices: int) -> Sharing:
+    """What "auto" does with one device."""
+    return ALONE if devices == 1 and sharing == AUTO else sharing
 
 
 def scaling_rows(found: Estimate, devices: Sequence[int] = DEVICES) -> list[tuple[str, str, str, str, str]]:
     """For each number of devices: samples and forwards an update, and GB on each under ddp and fsdp2."""
     settings = found.settings
     rows = []
+    fsdp2 = Sharing("fsdp2", "fsdp2", family=found.family)
     for n in devices:
         samples, evaluations = n * settings.samples * settings.accumulate, n * found.forwards["total"]
-        ddp, fsdp = (gigabytes(found.peak(n, strategy)) for strategy in ("ddp", "fsdp2"))
-        rows.append((str(n), f"{samples:,}", f"{evaluations:,.0f}", ddp, fsdp if n > 1 else "-"))
+        sharded = gigabytes(found.peak(n, fsdp2)) if n > 1 else "-"
+        rows.append((str(n), f"{samples:,}", f"{evaluations:,.0f}", gigabytes(found.peak(n)), sharded))
     return rows

@@ -33,6 +33,8 @@ class Reward(Metric, ABC):
         higher_is_better: always true: a reward is maximised.
         needs_prompts: `score` reads the prompts.
         learns: the reward itself changes during training (`learn`), so that rewards of one sample at two times differ.
+        has_skeleton: inside `lightning_tilt.interfaces.skeleton.without_weights` it is built without reading weights or
+            fetching anything, and all its networks are in `Frozen`: the estimate of memory counts it, and lists others.
 
     Example:
         >>> class Brightness(Reward):
@@ -48,6 +50,7 @@ class Reward(Metric, ABC):
     full_state_update = False
     needs_prompts: ClassVar[bool] = False
     learns: ClassVar[bool] = False
+    has_skeleton: ClassVar[bool] = False
 
     total: Tensor
     count: Tensor
@@ -83,6 +86,17 @@ class Reward(Metric, ABC):
             training rollout are logged as `train/<name>`.
         """
         return self.score(images, prompts), {}
+
+    def score_blank(self, images: Tensor) -> Tensor:
+        """`score` for what it needs in memory, not for its numbers: of a skeleton, whose tokenizer may be missing.
+
+        Args:
+            images: (B, 3, H, W).
+
+        Returns:
+            (B,), of no meaning.
+        """
+        return self.score(images, [""] * len(images) if self.needs_prompts else None)
 
     def learn(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Take in a fresh training rollout; never called for validation, reports or predictions.

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 import torch
 from packaging.version import Version
 
-from lightning_tilt.models.skeletons import build_part, build_skeleton, skeleton_device
+from lightning_tilt.interfaces.skeleton import skeleton_device
+from lightning_tilt.models.skeletons import build_part, build_skeleton
 
 __all__ = ["Dtype", "load_pipeline", "load_tiny_vae", "torch_dtype"]
 

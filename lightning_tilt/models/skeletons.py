@@ -1,18 +1,10 @@
-"""Pipelines from their configurations alone: without weights (the meta device), or with random ones.
-
-What a run needs in memory, and how fast it is, does not depend on what the weights are.  Inside `without_weights` every
-predictor is built by its usual code around such a skeleton, at its real size, without reading a weight:
-
-    with without_weights("meta"):
-        predictor = StableDiffusion("stable-diffusion-v1-5/stable-diffusion-v1-5")
+"""Pipelines from their configurations alone: what predictors are built around inside of `without_weights`.
 
 The configurations of the families that the recipes are for come with the package; those of a folder are read from it.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -25,33 +17,10 @@ __all__ = [
     "build_part",
     "build_skeleton",
     "skeleton_configs",
-    "skeleton_device",
-    "without_weights",
 ]
 
 KNOWN = ("sd15", "sd3_medium", "sd35_medium", "sd35_large")
 """The families whose configurations come with the package."""
-
-_DEVICE: ContextVar[torch.device | None] = ContextVar("skeleton_device", default=None)
-
-
-@contextmanager
-def without_weights(device: str | torch.device = "meta") -> Iterator[None]:
-    """Build pipelines from their configurations alone, for the length of a `with` block.
-
-    Args:
-        device: "meta" holds no numbers at all; on another one they are random.
-    """
-    token = _DEVICE.set(torch.device(device))
-    try:
-        yield
-    finally:
-        _DEVICE.reset(token)
-
-
-def skeleton_device() -> torch.device | None:
-    """Where skeletons are built, or None outside of `without_weights`."""
-    return _DEVICE.get()
 
 
 @cache

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import ImageEmbedding
+from lightning_tilt.interfaces.skeleton import skeleton_device
+from lightning_tilt.rewards.known_clips import CLIP_NAME, clip_skeleton, known_clip
 from lightning_tilt.rewards.network import NetworkReward
 from lightning_tilt.rewards.preprocessing import ImagePreprocessing
 from lightning_tilt.rewards.weights import check_fit, check_sha256, first_line, is_local
 
 __all__ = ["CLIP_NAME", "CLIPImages", "CLIPTower", "load_clip", "load_tokenizer", "with_weights"]
-
-CLIP_NAME = "openai/clip-vit-large-patch14"
-"""Hub name of OpenAI's CLIP ViT-L/14; its tokenizer is that of nearly every CLIP."""
 
 _CACHED_PROMPTS = 4096  # 16 MB at 1024 dimensions
 
@@ -30,6 +29,7 @@ _CACHED_PROMPTS = 4096  # 16 MB at 1024 dimensions
 class CLIPImages(NetworkReward, ImageEmbedding):
     """A reward that sees images through a CLIP; a subclass sets `network` and `preprocess`."""
 
+    has_skeleton = True
     network: Frozen[nn.Module]
     preprocess: ImagePreprocessing
 
@@ -66,6 +66,10 @@ class CLIPTower(CLIPImages):
     def read(self, prompts: list[str]) -> Tensor:
         """The prompts' embeddings."""
         return self.embed_prompts(prompts)
+
+    def blank(self, n: int) -> Tensor:
+        """Columns (n, 1), which go with images' embeddings of any width."""
+        return torch.ones(n, 1)
 
     def embed_prompts(self, prompts: list[str]) -> Tensor:
         """Unit embeddings of prompts: (B, D), float32 or float64, without a gradient; each is computed once.
@@ -109,7 +113,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def load_clip(
     owner: str, path: str, dtype: torch.dtype, sha256: str | None, mend: str
 ) -> tuple[Any, ImagePreprocessing]:
-    """A `CLIPModel` in transformers' layout, and what it does to images first.
+    """A `CLIPModel` in transformers' layout, and what it does to images first; inside `without_weights` a skeleton.
 
     Args:
         owner: whose message it is.
@@ -120,16 +124,26 @@ def load_clip(
 
     Raises:
         FileNotFoundError: if there is no CLIP at `path`, or the Hub cannot be reached.
+        NoSkeleton: inside `without_weights`, for a Hub name that the package does not know.
         ValueError: if weights are missing, or the checksum is another.
     """
-    from transformers import CLIPModel
+    from transformers import CLIPConfig, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.utils import cached_file
 
     name = str(Path(path).expanduser()) if is_local(path) else path
+    device = skeleton_device()
+    if device is not None and not is_local(path):
+        known, preprocess = known_clip(owner, path)
+        return clip_skeleton(known, dtype, device), preprocess
     try:
         # Looked at first: small, and absent where there is nothing.
         config, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        if device is not None:
+            layout, _ = CLIPConfig.get_config_dict(name)
+            if layout.get("model_type") != "clip":
+                raise OSError(f"its config.json is of the kind {layout.get('model_type')!r}, not 'clip'")
+            return clip_skeleton(CLIPConfig.from_dict(layout), dtype, device), ImagePreprocessing.from_config(config)
         if sha256 is not None:
             found = {f: cached_file(name, f, _raise_exceptions_for_missing_entries=False) for f in _WEIGHTS}
             file = next((f for f in found.values() if f is not None), None)
@@ -161,7 +175,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_tokenizer(owner: str, path: str) -> Any:
-    """The tokenizer in a folder or of a Hub name.
+    """The tokenizer in a folder or of a Hub name; None of a Hub name inside `without_weights`, which fetches nothing.
 
     Args:
         owner: whose message it is.
@@ -172,6 +186,8 @@ def load_tokenizer(owner: str, path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if skeleton_device() is not None and not is_local(path):
+        return None
     name = str(Path(path).expanduser()) if is_local(path) else path
     try:
         return AutoTokenizer.from_pretrained(name)
@@ -185,7 +201,7 @@ def load_tokenizer(owner: str, path: str) -> Any:
 def with_weights(
     owner: str, source: str, kind: str, config: Any, state: Mapping[str, Tensor], dtype: torch.dtype, **options: Any
 ) -> nn.Module:
-    """A network of transformers with given weights, all of them and no other.
+    """A network of transformers with given weights, all of them and no other; a skeleton inside `without_weights`.
 
     Args:
         owner: whose message it is.
@@ -202,6 +218,10 @@ def with_weights(
     import transformers
 
     make = getattr(transformers, kind)
+    if (device := skeleton_device()) is not None:
+        with device:
+            skeleton: nn.Module = make(config, **options).to(dtype)
+        return skeleton.eval()
     with torch.device("meta"):
         wanted = make(config, **options).state_dict()
     check_fit(owner, source, state, wanted)

@@ -5,6 +5,7 @@
 The classifier was trained apart from the models it judges, on real digits; its figures stand on its model card.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_tilt.assets import folder
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Prompts, Reward
+from lightning_tilt.interfaces.skeleton import skeleton_device
 from lightning_tilt.rewards.checks import mend_missing, one_prompt_an_image
 
 __all__ = ["DigitAccuracy", "DigitClassifier"]
@@ -29,6 +31,7 @@ class DigitClassifier(Reward):
     """
 
     needs_prompts = True
+    has_skeleton = True
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__()
@@ -56,6 +59,10 @@ class DigitClassifier(Reward):
         asked = self.digits(one_prompt_an_image("DigitClassifier", images, prompts))
         digits = torch.tensor(asked, device=images.device)
         return self.log_probabilities(images).gather(1, digits[:, None]).squeeze(1)
+
+    def score_blank(self, images: Tensor) -> Tensor:
+        """As `score` of prompts that name a 0."""
+        return self.log_probabilities(images)[:, 0]
 
     @staticmethod
     def digits(prompts: list[str]) -> list[int]:
@@ -106,5 +113,8 @@ def _load(path: str | None) -> nn.Module:
     if not (home / "config.json").is_file():
         mend = mend_missing(path, "a folder that DigitCNN.save_pretrained wrote")
         raise FileNotFoundError(f"DigitClassifier found no network in {str(home)!r}; {mend}")
+    if (device := skeleton_device()) is not None:
+        with device:
+            return DigitCNN(**json.loads((home / "config.json").read_text())).eval()
     network: nn.Module = DigitCNN.from_pretrained(str(home))
     return network.float()

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.rewards.clip_tower import CLIP_NAME, CLIPTower, load_tokenizer, with_weights
 from lightning_tilt.rewards.key_maps import open_clip_to_transformers
+from lightning_tilt.rewards.known_clips import vit_h_14
 from lightning_tilt.rewards.network import NetworkDtype, network_dtype
 from lightning_tilt.rewards.preprocessing import CLIP_MEAN, CLIP_STD, ImagePreprocessing
 from lightning_tilt.rewards.weights import find_file, read_weights
@@ -73,12 +74,7 @@ class HPSv2(CLIPTower):
     @staticmethod
     def configuration() -> Any:
         """CLIP ViT-H/14, a `CLIPConfig`; a subclass may name another network of the same layout."""
-        from transformers import CLIPConfig
-
-        shared = {"hidden_act": "gelu", "num_attention_heads": 16, "projection_dim": 1024}
-        text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, **shared}
-        vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "patch_size": 14, **shared}
-        return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+        return vit_h_14()
 
     def score_chunk(self, images: Tensor, g: Tensor) -> Tensor:
         """`cos`: images (b, 3, H, W), the prompts' embeddings (b, D) -> (b,)."""

@@ -48,6 +48,7 @@ class ImageReward(NetworkReward):
     """
 
     needs_prompts = True
+    has_skeleton = True
 
     def __init__(
         self,
@@ -113,6 +114,10 @@ class ImageReward(NetworkReward):
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=_TOKENS, return_tensors="pt")
         both = torch.stack([tokens["input_ids"], tokens["attention_mask"]], 1)
         return both.to(next(self.text.module.parameters()).device)
+
+    def blank(self, n: int) -> Tensor:
+        """Tokens (n, 2, 35) that all count."""
+        return torch.ones(n, 2, _TOKENS, dtype=torch.long)
 
     def score_chunk(self, images: Tensor, read: Tensor) -> Tensor:
         """`(h(c) - m) / s`: images (b, 3, H, W), tokens (b, 2, 35) -> (b,)."""

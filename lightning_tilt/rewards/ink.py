@@ -21,6 +21,8 @@ class Ink(Reward):
         tensor([0.0000, 0.2500])
     """
 
+    has_skeleton = True
+
     def score(self, images: Tensor, prompts: Prompts = None) -> Tensor:
         """The mean over channels and pixels of images (B, C, H, W): (B,)."""
         return images.flatten(1).mean(1)

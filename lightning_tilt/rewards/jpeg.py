@@ -36,6 +36,7 @@ class JPEGCompressibility(Reward):
     """
 
     is_differentiable = False
+    has_skeleton = True
 
     def __init__(self, quality: int = 95) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.interfaces.skeleton import skeleton_device
 from lightning_tilt.rewards.weights import check_fit
 
 __all__ = ["linear_head"]
@@ -19,7 +20,7 @@ _WIDTHS = (1024, 128, 64, 16, 1)
 
 
 def linear_head(owner: str, source: str, width: int, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Sequential:
-    """The head with its published weights.
+    """The head with its published weights; a skeleton inside `without_weights`.
 
     Args:
         owner: whose message it is.
@@ -34,10 +35,13 @@ def linear_head(owner: str, source: str, width: int, state: Mapping[str, Tensor]
     Raises:
         ValueError: if a weight is missing, left over, or of another shape.
     """
+    device = skeleton_device()
     layers: list[nn.Module] = []
     for i, (d, e) in enumerate(zip((width, *_WIDTHS), _WIDTHS, strict=False)):
-        layers += [nn.Linear(d, e), *([nn.Identity()] if i < 3 else [])]
+        layers += [nn.Linear(d, e, device=device), *([nn.Identity()] if i < 3 else [])]
     head = nn.Sequential(*layers)
+    if device is not None:
+        return head.to(dtype)
     check_fit(owner, source, state, {f"layers.{k}": v for k, v in head.state_dict().items()})
     head.load_state_dict({k.removeprefix("layers."): v for k, v in state.items()})
     return head.to(dtype)

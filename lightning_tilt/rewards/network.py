@@ -77,6 +77,10 @@ class NetworkReward(Reward):
         """What is known once the prompts are: embeddings or tokens, (B, ...), without a gradient."""
         return torch.empty(len(prompts), 0)
 
+    def blank(self, n: int) -> Tensor:
+        """In place of what `read` makes of `n` prompts, where there is no text tower to read them."""
+        return self.read([""] * n)
+
     def score(self, images: Tensor, prompts: Prompts = None) -> Tensor:
         """The rewards.
 
@@ -93,6 +97,10 @@ class NetworkReward(Reward):
         asked = one_prompt_an_image(type(self).__name__, images, prompts) if self.needs_prompts else [""] * len(images)
         read = self.read(asked)
         return self._in_chunks(self.score_chunk, images, read).to(images.dtype)
+
+    def score_blank(self, images: Tensor) -> Tensor:
+        """As `score` of a batch of prompts that were read before; see `Reward.score_blank`."""
+        return self._in_chunks(self.score_chunk, images, self.blank(len(images))).to(images.dtype)
 
     def _in_chunks(self, function: Callable[..., Tensor], images: Tensor, *beside: Tensor) -> Tensor:
         """`function(images, *beside)`, at most `micro_batch` rows at a time."""

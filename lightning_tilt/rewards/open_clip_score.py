@@ -43,6 +43,8 @@ class OpenCLIPScore(CLIPTower):
         ValueError: if open_clip does not know the model or its weights, or the weights are refused.
     """
 
+    has_skeleton = False  # open_clip alone knows its networks' configurations, and is an extra
+
     def __init__(
         self,
         model: str,

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tilt.interfaces.skeleton import skeleton_device
+
 __all__ = ["check_fit", "check_sha256", "find_file", "first_line", "is_local", "only_prefixed", "read_weights"]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -39,7 +41,7 @@ def is_local(path: str) -> bool:
 
 
 def find_file(owner: str, path: str, name: str, *, as_named: bool = False) -> Path:
-    """Where the weights are.
+    """Where the weights are; inside `without_weights` nothing is fetched from the Hub.
 
     Args:
         owner: whose message it is.
@@ -52,6 +54,8 @@ def find_file(owner: str, path: str, name: str, *, as_named: bool = False) -> Pa
     """
     here = Path(path).expanduser()
     if not is_local(path):
+        if skeleton_device() is not None:
+            return here / name
         return _fetch(owner, path, [name] if as_named else [str(Path(name).with_suffix(".safetensors")), name])
     wanted = here / name if here.is_dir() else here
     safe = wanted.with_suffix(".safetensors")
@@ -108,7 +112,7 @@ def check_sha256(owner: str, file: Path, sha256: str | None) -> None:
 
 
 def read_weights(owner: str, file: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by their names, on the CPU.
+    """The tensors of a checkpoint by their names, on the CPU; none inside `without_weights`.
 
     Args:
         owner: whose message it is.
@@ -118,6 +122,8 @@ def read_weights(owner: str, file: Path, sha256: str | None = None) -> dict[str,
     Raises:
         ValueError: if the file is truncated, holds more than tensors and plain data, or has another checksum.
     """
+    if skeleton_device() is not None:
+        return {}
     check_sha256(owner, file, sha256)
     state = _read_safetensors(owner, file) if file.suffix == ".safetensors" else _read_pickle(owner, file)
     while isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
