@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from lightning_tilt.frozen import Frozen
+from lightning_tilt.interfaces.skeleton import without_weights
 from lightning_tilt.rewards import Reward
 
 
@@ -85,6 +87,32 @@ def check_prompts(case: RewardCase) -> None:
         torch.testing.assert_close(reward.score(x, None), reward.score(x, case.prompts), rtol=0, atol=0)
 
 
+def check_skeleton(case: RewardCase) -> None:
+    """Without weights the same networks, none of whose weights is read; and a score, whatever the prompts."""
+    reward = case.make()
+    if not reward.has_skeleton:
+        return
+    with without_weights("meta"):
+        skeleton = case.make()
+    weights = [_frozen(r) for r in (reward, skeleton)]
+    assert [(n, p.shape, p.dtype) for n, p in weights[0]] == [(n, p.shape, p.dtype) for n, p in weights[1]]
+    assert all(p.is_meta for _, p in weights[1])
+    with without_weights("cpu"):
+        other = case.make()
+    x = case.images(torch.float32).requires_grad_()
+    score = other.score_blank(x)
+    assert score.shape == (len(x),) and score.requires_grad == (reward.is_differentiable and x.requires_grad)
+
+
+def _frozen(reward: Reward) -> list[tuple[str, nn.Parameter]]:
+    return [
+        (f"{name}.{n}", p)
+        for name, part in reward.named_modules()
+        if isinstance(part, Frozen)
+        for n, p in part.module.named_parameters()
+    ]
+
+
 def check_average(case: RewardCase) -> None:
     """The metric's value is the mean of the scores: in chunks, by `forward`, merged, in a collection, after a reset."""
     reward, x, p = case.make(), case.images(torch.float32), case.prompts
@@ -150,6 +178,7 @@ CHECKS = [
     check_gradient,
     check_rows_are_independent,
     check_prompts,
+    check_skeleton,
     check_average,
     check_is_no_part_of_the_host,
     check_dtype_follows_the_images,

@@ -56,23 +56,28 @@ def table(found: Estimate) -> str:
 
 
 def this_run(found: Estimate) -> str:
-    """The figure of this very run, under its strategy and on its devices."""
+    """The figure of this very run, under its strategy; where its devices are not known, for some numbers of them."""
     settings, sharing, n = found.settings, found.settings.sharing, found.settings.processes
     if sharing.kind is None:
         return f"This run: not modelled: the strategy {sharing.name}; known are ddp and fsdp2 with its variants"
     nodes = f" of each of {settings.nodes} nodes" if settings.nodes > 1 else ""
+    counts = [n] if n is not None else [m for m in DEVICES if m % settings.nodes == 0]
     if n is None:
-        counts = [m for m in DEVICES if m >= settings.nodes]
-        sizes = ", ".join(f"{gigabytes(found.peak(m, _on(sharing, m)))} on {m}" for m in counts)
-        told = f"This run: {sharing.name} on all devices{nodes} that it finds: GB a device {sizes}"
+        devices = f"all devices{nodes} that it finds"
     else:
-        one = f"{settings.devices} device{'' if settings.devices == 1 else 's'}{nodes}"
-        where = sharing.name if sharing.kind == "alone" and n == 1 else f"{sharing.name} on {one}"
-        told = f"This run: {where}: {gigabytes(found.peak(n, sharing))} GB a device"
+        devices = f"{settings.devices} device{'' if settings.devices == 1 else 's'}{nodes}"
+    where = sharing.name if sharing == ALONE else f"{sharing.name} on {devices}"
+    told = f"This run: {where}: {_each(n, {m: found.peak(m, _on(sharing, m)) for m in counts})} a device"
     if sharing.cpu_offload:
-        shards = ", ".join(f"{gigabytes(found.shards(m))} on {m}" for m in (DEVICES if n is None else [n]))
-        told += f"; and of the CPU's memory, GB a process {shards}"
+        told += f", and {_each(n, {m: found.shards(m) for m in counts})} of the CPU's memory a process"
     return told
+
+
+def _each(known: int | None, sizes: dict[int, int]) -> str:
+    """One figure, or those of several numbers of devices."""
+    if known is not None:
+        return f"{gigabytes(sizes[known])} GB"
+    return ", ".join(f"{gigabytes(size)} GB (of {n})" for n, size in sizes.items())
 
 
 def _on(sharing: Sharing, devices: int) -> Sharing:

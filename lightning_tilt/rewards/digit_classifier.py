@@ -105,6 +105,11 @@ class DigitAccuracy(DigitClassifier):
         read = self.log_probabilities(images).argmax(1)
         return (read == torch.tensor(asked, device=images.device)).to(images.dtype)
 
+    @torch.no_grad()
+    def score_blank(self, images: Tensor) -> Tensor:
+        """As the classifier's, without a gradient."""
+        return super().score_blank(images)
+
 
 def _load(path: str | None) -> nn.Module:
     from lightning_tilt.models.digit_cnn import DigitCNN

@@ -38,7 +38,7 @@ class ImageReward(NetworkReward):
         tokenizer: folder or Hub name of `bert-base-uncased`'s tokenizer.
         antialias: filter before shrinking an image, as the image library of the training pipeline did.
         micro_batch: images scored at a time; None: all of them.
-        dtype: of the two towers, 445,279,720 weights; the head stays in float32.
+        dtype: of the two towers, 445,278,720 weights; the head stays in float32.
         sha256: what the checkpoint must hash to; None: no check.
         kwargs: of `torchmetrics.Metric`.
 
