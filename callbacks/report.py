@@ -26,6 +26,7 @@ from ..transition import Transition
 from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
 from .processes import gathered, moved
+from .scoring import check_one_a_sample
 from .surroundings import prompts_of
 from .truth import density_figures, truth_of
 from .versions import versions
@@ -186,6 +187,7 @@ class TiltReport(Callback):
                 continue
             for name, judge in self.judges.items():
                 score = judge.score(fine, None if prompt is None else [prompt] * len(fine))
+                check_one_a_sample(judge, score, len(fine))
                 judged[name].append(score.double().cpu())
             if missing > 0:
                 some = fine[:missing]
