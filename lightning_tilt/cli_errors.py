@@ -29,6 +29,7 @@ _ROOMS = (
     "tasks", "rewards", "rewards.energies", "rewards.mixture_density", "data", "callbacks", "models", "models.neural",
     "models.closed_form", "models.gaussian_base", "models.equivariant", "models.transport", "transition", "process",
 )  # fmt: skip
+_RAISERS = ("lightning_tilt.", "lightning.pytorch.trainer.")
 
 
 def one_line(message: str, options: Iterable[str]) -> str:
@@ -87,11 +88,11 @@ def users_mistake(error: BaseException) -> str | None:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` statement of this package made it, and not an expression that went wrong."""
+    """Whether a `raise` statement of this package or of the Trainer made it, and not an expression that went wrong."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("lightning_tilt."):
+    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith(_RAISERS):
         return False
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 

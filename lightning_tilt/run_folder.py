@@ -6,9 +6,10 @@ run goes on with it, and what it writes anew leaves the earlier one as `report.1
 
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-__all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json", "write_text"]
+__all__ = ["RUN_OUTPUTS", "keep_previous", "need_writable", "set_aside", "write_json", "write_text"]
 
 _DIAGNOSTICS = ("target_variance", "adjoint_norm", "work", "ess", "density")
 
@@ -34,6 +35,26 @@ RUN_OUTPUTS = (
     *(f"{name}.{kind}" for name in _DIAGNOSTICS for kind in ("json", "png")),
 )
 """What a run writes, also under a number (`report.1.json`); nothing else in the folder is touched."""
+
+
+def need_writable(folder: str | Path) -> None:
+    """Refuse, before anything is computed, a folder that nothing can be written into; nothing is made or left there.
+
+    Args:
+        folder: the run's folder; it need not exist.
+
+    Raises:
+        OSError: naming the folder and what the system says of it.
+    """
+    folder = Path(folder).expanduser().absolute()
+    try:
+        with TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.exists())):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the run's folder {str(folder)!r} cannot be written to ({error.strerror}); give another one: "
+            "--trainer.default_root_dir FOLDER"
+        ) from None
 
 
 def keep_previous(folder: str | Path) -> Path | None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from command import DIGITS, TOY, Result, overlay, tilt
 
+from lightning_tilt.run_folder import need_writable
+
 BASE = "model.predictor.base"
 MISSPELT = [
     (["--sampler.stepz", "3"], "--sampler.stepz is not an option; did you mean --sampler.steps"),
@@ -171,6 +173,24 @@ def test_a_mistake_leaves_the_earlier_run_in_place(tmp_path: Path) -> None:
         assert_one_line(tilt(*args, *wrong, cwd=tmp_path), 1, line)
     assert all((run / name).read_text() == text for name, text in left.items())
     assert not (run / "previous").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_folder_that_cannot_be_written_to_is_refused_first(command: str, tmp_path: Path) -> None:
+    folder = Path("/dev/null/run") if command != "fit" else Path("/proc/run")
+    result = tilt(command, *overlay(TOY, tmp_path), "--trainer.default_root_dir", folder)
+    assert_one_line(result, 1, f"the run's folder '{folder}' cannot be written to (N")
+    assert "give another one: --trainer.default_root_dir FOLDER" in result.err and result.err.count("\n") == 1
+
+
+def test_nothing_is_left_where_a_folder_can_be_written_to(tmp_path: Path) -> None:
+    need_writable(tmp_path / "not/yet/there")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_strategy_that_the_trainer_refuses(tmp_path: Path) -> None:
+    result = tilt("fit", *overlay(TOY, tmp_path), "--trainer.accelerator", "cpu", "--trainer.strategy", "fsdp")
+    assert_one_line(result, 1, "fsdp")
 
 
 def test_a_setting_that_the_trainer_refuses(tmp_path: Path) -> None:
