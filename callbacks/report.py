@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from ..chain import Evaluations, slices
+from ..condition import quoted
 from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
 from ..interfaces.not_finite import agree, judge_together
 from ..metrics import pairwise_diversity
@@ -74,11 +75,9 @@ class TiltReport(Callback):
         self.base_samples = base_samples
         self.tuned_samples = tuned_samples
         self.micro_batch = micro_batch
-        self.prompts: list[str] | None = None
-        if prompts is not None:
-            from ..data import read_prompts
+        from ..data import read_prompts
 
-            self.prompts = read_prompts(prompts)
+        self.prompts = None if prompts is None else read_prompts(prompts)
         self.judges = judges or {}
         self.embedding = embedding
         self.diversity_samples = diversity_samples
@@ -138,7 +137,7 @@ class TiltReport(Callback):
                 prompt = asked[i % len(asked)]
                 empty.append(
                     f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
-                    f"{'the density' if prompt is None else repr(prompt)} has a finite reward"
+                    f"{'the density' if prompt is None else quoted(prompt)} has a finite reward"
                 )
             else:
                 own.append((i, samples))
