@@ -91,8 +91,9 @@ class TextConditioned(ExportablePredictor):
             return found
         if weights is None:
             raise FileNotFoundError(
-                f"the prompt {quoted(prompt)} has no embedding in {str(self.embeddings.folder)!r}, and the text encoders "
-                "are not loaded: encode it first (lightning-tilt fit ... --dry_run prompts), or unset without_encoders"
+                f"the prompt {quoted(prompt)} has no embedding in {str(self.embeddings.folder)!r}, and the text "
+                "encoders are not loaded: encode it first (lightning-tilt fit ... --dry_run prompts), or unset "
+                "without_encoders"
             )
         # What a validation under inference mode remembers, training must be able to save for its backward.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(weights.device.type, enabled=False):
