@@ -46,7 +46,7 @@ class TiltParser(LightningArgumentParser):
     """A parser whose errors are one line; abbreviated options are misspelt ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **{"prog": "lightning-tilt", **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and one line that names the culprit and the mend."""
@@ -107,7 +107,7 @@ class TiltCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=TiltParser,
-            parser_kwargs={"prog": "lightning-tilt", "description": "Tilt a diffusion or flow model with a reward."},
+            parser_kwargs={"description": "Tilt a diffusion or flow model with a reward."},
             args=args,
             run=run,
         )

@@ -295,6 +295,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         run(tmp_path, images(), Evaluation(embedding=int), data)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"evaluation\.samples must be at least 1, not 0"):
         Evaluation(samples=0)
+    with pytest.raises(ValueError, match=r"limit_test_batches: 0 leaves nothing to evaluate"):
+        run(tmp_path, images(), Evaluation(), data, limit_test_batches=0)
     module = TiltModule(images(), SumReward())
     tester = trainer([TrajectorySampler(steps=2), Evaluation()], default_root_dir=tmp_path)
     with pytest.raises(TypeError, match=r"serves the host of a loss, and TiltModule is none"):

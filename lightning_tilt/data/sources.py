@@ -77,8 +77,8 @@ def read_prompts(source: PromptSource) -> list[str]:
     reader = _READERS.get(file.suffix.lower(), _lines)
     prompts = [_checked(value, f"prompt file {path!r}, {where}") for where, value in reader(text, path, column)]
     if not prompts:
-        mend = {_lines: "write one a line", _json: "write a list of them"}.get(reader, "write one a row")
-        raise ValueError(f"prompt file {path!r} holds no prompt; {mend}")
+        mends = {".csv": "write one a row", ".tsv": "write one a row", ".json": "write a list of them"}
+        raise ValueError(f"prompt file {path!r} holds no prompt; {mends.get(file.suffix.lower(), 'write one a line')}")
     return prompts
 
 
