@@ -72,6 +72,15 @@ class Evaluation(Evaluator, Callback):
         self._judges: Judges | None = None
         self._found: list[Pairs] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a test of nothing, which would end in silence.
+
+        Raises:
+            ValueError: if the Trainer takes no batch.
+        """
+        if stage == "test" and trainer.limit_test_batches == 0:
+            raise ValueError("trainer.limit_test_batches: 0 leaves nothing to evaluate")
+
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the further rewards and the embedding.
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..condition import quoted
 from ..identities import Estimate, clustered
 
 __all__ = ["Pairs", "figures"]
@@ -133,4 +134,4 @@ def _warnings(found: Sequence[Pairs], rewards: dict[str, Tensor]) -> list[str]:
 
 
 def _about(pairs: Pairs) -> str:
-    return "the density" if pairs.prompt is None else repr(pairs.prompt)
+    return "the density" if pairs.prompt is None else quoted(pairs.prompt)

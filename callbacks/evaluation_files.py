@@ -9,8 +9,6 @@
 The names are these, whatever the prompts are.  Earlier ones are kept under the next free number.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..run_folder import set_aside, write_json, write_text
+from ..run_folder import set_aside, write_csv, write_json, write_text
 from .evaluation_figures import Pairs
 from .evaluation_page import page, show
 from .pictures import before_after
@@ -37,8 +35,8 @@ def write_evaluation(folder: Path, report: dict[str, Any], found: Sequence[Pairs
         found: all prompts.
     """
     write_json(folder / "evaluation.json", report)
-    write_text(folder / "evaluation.csv", _csv(_summary_rows(report)))
-    write_text(folder / "evaluation_samples.csv", _csv(_sample_rows(found)))
+    write_csv(folder / "evaluation.csv", _summary_rows(report))
+    write_csv(folder / "evaluation_samples.csv", _sample_rows(found))
     pictured = [pairs for pairs in found if pairs.images is not None]
     if pictured:
         set_aside(folder / "evaluation.png")
@@ -77,17 +75,6 @@ def _sample_rows(found: Sequence[Pairs]) -> Iterable[Sequence[object]]:
             values = [float(pairs.rewards[name][side, i]) for name in names for side in (0, 1)]
             values += [float("nan") if part is None else float(part[i]) for part in (pairs.kl, pairs.moved)]
             yield [number, pairs.prompt or "", i, *("" if v != v else v for v in values)]
-
-
-def _plain(cell: object) -> object:
-    """A text that a spreadsheet would take for a formula is marked as a text."""
-    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t") else cell
-
-
-def _csv(rows: Iterable[Sequence[object]]) -> str:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([_plain(cell) for cell in row] for row in rows)
-    return text.getvalue()
 
 
 def _fit(folder: Path) -> dict[str, Any]:

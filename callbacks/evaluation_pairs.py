@@ -21,6 +21,7 @@ from ..metrics import pairwise_diversity
 from ..trajectory import Trajectory
 from ..transition import control
 from .evaluation_figures import Pairs
+from .scoring import check_one_a_sample
 
 __all__ = ["Judges", "path_kl"]
 
@@ -122,6 +123,7 @@ def _judge(
     except ValueError as error:  # rewards refuse prompts that they cannot judge
         refused[name] = " ".join(str(error).split())
         return values
+    check_one_a_sample(reward, score, n)
     score = score.double().cpu()
     values[good.cpu()] = torch.where(score.isfinite(), score, torch.nan)
     return values

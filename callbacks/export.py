@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from ..interfaces import ExportablePredictor, find_sampler
-from ..run_folder import set_aside, write_text
+from ..run_folder import name_within, set_aside, write_text
 from ..shards import need_whole
 from ..strategies import whole_weights
 from .card import model_card
@@ -32,7 +32,7 @@ class ExportWeights(Callback):
         when: at the end of a fit, or of a test: of the checkpoint that was tested, with the test's figures.
 
     Raises:
-        ValueError: for another `what` or `when`.
+        ValueError: for another `what` or `when`, or if `folder` leads elsewhere.
     """
 
     def __init__(self, folder: str | None = None, what: What = "weights", when: When = "fit") -> None:
@@ -40,7 +40,8 @@ class ExportWeights(Callback):
         for name, value, known in (("what", what, get_args(What)), ("when", when, get_args(When))):
             if value not in known:
                 raise ValueError(f"ExportWeights.{name} is one of {', '.join(known)}, not {value!r}")
-        self.folder = folder or {"weights": "lora", "pipeline": "pipeline"}[what]
+        names = {"weights": "lora", "pipeline": "pipeline"}
+        self.folder = names[what] if folder is None else name_within("ExportWeights.folder", folder)
         self.what = what
         self.when = when
         self._start = 0.0

@@ -1,6 +1,5 @@
 """`PredictionWriter`: what `lightning-tilt predict` leaves in `predictions/`: images, a grid, and a table."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from ..run_folder import set_aside
+from ..run_folder import name_within, set_aside, write_csv
 from .pictures import image_grid
 
 __all__ = ["PredictionWriter"]
@@ -23,11 +22,14 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         folder: name in the run's folder.
+
+    Raises:
+        ValueError: if `folder` leads elsewhere.
     """
 
     def __init__(self, folder: str = "predictions") -> None:
         super().__init__(write_interval="batch")
-        self.folder = folder
+        self.folder = name_within("PredictionWriter.folder", folder)
         self._images: list[Tensor] = []
         self._rows: list[tuple[str, str, float]] = []
 
@@ -66,8 +68,7 @@ class PredictionWriter(BasePredictionWriter):
             image_grid(folder / "grid.png", images, columns=min(row, 16))
         else:
             np.save(folder / "samples.npy", images.numpy())
-        with (folder / "samples.csv").open("w", newline="") as file:
-            csv.writer(file).writerows([("sample", "prompt", "reward"), *self._rows])
+        write_csv(folder / "samples.csv", [("sample", "prompt", "reward"), *self._rows])
         rank_zero_info(f"PredictionWriter: {len(self._rows)} samples in {folder}")
         self._images, self._rows = [], []
 

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 
 from ..chain import Evaluations, slices
+from ..condition import quoted
 from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
 from ..interfaces.not_finite import agree, judge_together
 from ..metrics import pairwise_diversity
@@ -26,6 +27,7 @@ from ..transition import Transition
 from .comparison import PromptSamples, compare
 from .pictures import before_after, curves, reward_histogram
 from .processes import gathered, moved
+from .scoring import check_one_a_sample
 from .surroundings import prompts_of
 from .truth import density_figures, truth_of
 from .versions import versions
@@ -73,11 +75,9 @@ class TiltReport(Callback):
         self.base_samples = base_samples
         self.tuned_samples = tuned_samples
         self.micro_batch = micro_batch
-        self.prompts: list[str] | None = None
-        if prompts is not None:
-            from ..data import read_prompts
+        from ..data import read_prompts
 
-            self.prompts = read_prompts(prompts)
+        self.prompts = None if prompts is None else read_prompts(prompts)
         self.judges = judges or {}
         self.embedding = embedding
         self.diversity_samples = diversity_samples
@@ -137,7 +137,7 @@ class TiltReport(Callback):
                 prompt = asked[i % len(asked)]
                 empty.append(
                     f"TiltReport: not one of {n} samples of the {'base' if base else 'tuned model'} for "
-                    f"{'the density' if prompt is None else repr(prompt)} has a finite reward"
+                    f"{'the density' if prompt is None else quoted(prompt)} has a finite reward"
                 )
             else:
                 own.append((i, samples))
@@ -186,6 +186,7 @@ class TiltReport(Callback):
                 continue
             for name, judge in self.judges.items():
                 score = judge.score(fine, None if prompt is None else [prompt] * len(fine))
+                check_one_a_sample(judge, score, len(fine))
                 judged[name].append(score.double().cpu())
             if missing > 0:
                 some = fine[:missing]

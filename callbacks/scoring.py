@@ -4,11 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..chain import slices
+from ..interfaces import Reward
 from ..trajectory import Trajectory
 
-__all__ = ["score_end_points"]
+__all__ = ["check_one_a_sample", "score_end_points"]
 
 
 def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_batch: int | None) -> Trajectory:
@@ -33,11 +35,7 @@ def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_ba
         x = trajectory.end[i].detach().requires_grad_(gradient)
         with torch.set_grad_enabled(gradient):
             reward, parts = host.reward.measure(host.predictor.decode(x), None if prompts is None else prompts[i])
-        if reward.shape != (len(x),):
-            raise ValueError(
-                f"{type(host.reward).__name__}.score returned shape {tuple(reward.shape)} for {len(x)} samples; "
-                f"it should be ({len(x)},): one number a sample"
-            )
+        check_one_a_sample(host.reward, reward, len(x))
         if gradient and not reward.requires_grad:
             raise TypeError(
                 f"{type(host.reward).__name__}.score has no gradient in the images although is_differentiable is True: "
@@ -50,3 +48,21 @@ def score_end_points(host: Any, trajectory: Trajectory, gradient: bool, micro_ba
     reward_gradient = torch.cat(gradients) if gradient else None
     parts = {name: torch.cat([p[name].detach() for p in told]) for name in told[0]}
     return replace(trajectory, reward=torch.cat(rewards), reward_gradient=reward_gradient, parts=parts)
+
+
+def check_one_a_sample(reward: Reward, score: Tensor, n: int) -> None:
+    """Refuse what would be spread over a batch in silence: a mean of it, or several columns.
+
+    Args:
+        reward: which has just judged.
+        score: what it returned.
+        n: samples in the batch.
+
+    Raises:
+        ValueError: if `score` is not of shape (n,).
+    """
+    if score.shape != (n,):
+        raise ValueError(
+            f"{type(reward).__name__}.score returned shape {tuple(score.shape)} for {n} samples; "
+            f"it should be ({n},): one number a sample"
+        )

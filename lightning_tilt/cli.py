@@ -35,7 +35,7 @@ from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSample
 from lightning_tilt.checkpoints import read_checkpoint
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
-from lightning_tilt.run_folder import keep_previous, set_aside
+from lightning_tilt.run_folder import keep_previous, need_writable, set_aside
 from lightning_tilt.steering import SMC
 from lightning_tilt.strategies import check_name
 
@@ -46,7 +46,7 @@ class TiltParser(LightningArgumentParser):
     """A parser whose errors are one line; abbreviated options are misspelt ones."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        super().__init__(*args, allow_abbrev=False, **{"prog": "lightning-tilt", **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Exit with status 2 and one line that names the culprit and the mend."""
@@ -107,7 +107,7 @@ class TiltCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=TiltParser,
-            parser_kwargs={"prog": "lightning-tilt", "description": "Tilt a diffusion or flow model with a reward."},
+            parser_kwargs={"description": "Tilt a diffusion or flow model with a reward."},
             args=args,
             run=run,
         )
@@ -142,9 +142,10 @@ class TiltCLI(LightningCLI):
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
 
     def before_instantiate_classes(self) -> None:
-        """End here where no run is asked for: nothing has been loaded yet."""
+        """End here where no run is asked for, or none could leave anything: nothing has been loaded yet."""
         wanted = self._get(self.config, "dry_run")
         if wanted == "off":
+            need_writable(self._get(self.config, "trainer").default_root_dir or ".")
             return
         if self.subcommand != "fit":
             raise ValueError(f"--dry_run {wanted} is for fit")

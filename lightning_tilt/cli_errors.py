@@ -24,11 +24,13 @@ _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _OPTION = re.compile(r"Option '([^']+)' is not accepted|Key '([^']+)' is not expected")
 _NAME = re.compile(r"Expected a dot import path string: (\S+)")
 _UNRECOGNISED = re.compile(r"[Uu]nrecognized arguments: (\S+)|does not accept option '([^']+)'")
+_LACKING = re.compile(r"argument (\S+): expected one argument")
 _OWNER = re.compile(r"Option '[^']+' is not accepted\. Got value: Namespace\(class_path='([^']+)'")
 _ROOMS = (
     "tasks", "rewards", "rewards.energies", "rewards.mixture_density", "data", "callbacks", "models", "models.neural",
     "models.closed_form", "models.gaussian_base", "models.equivariant", "models.transport", "transition", "process",
 )  # fmt: skip
+_RAISERS = ("lightning_tilt.", "lightning.pytorch.trainer.")
 
 
 def one_line(message: str, options: Iterable[str]) -> str:
@@ -43,8 +45,16 @@ def one_line(message: str, options: Iterable[str]) -> str:
     """
     unknown = _UNRECOGNISED.search(message)
     if unknown:
-        given = (unknown[1] or "--" + unknown[2]).split("=")[0]
+        given, options = (unknown[1] or "--" + unknown[2]).split("=")[0], set(options)
+        if given.endswith(".help"):
+            return f"{given} needs to know its class: lightning-tilt fit --config FILE --model.reward.help HPSv2"
+        if given.endswith("+") and given[:-1] in options:
+            return (
+                f"{given} is not an option: {given[:-1]} is no list; a named entry is added by {given[:-1]}.NAME VALUE"
+            )
         return f"{given} is not an option{_nearest(given, options)}"
+    if lacking := _LACKING.search(message):
+        return f"{lacking[1]} expects a value (an option that ends in .help expects a class: --model.reward.help HPSv2)"
     keys = [m[1] for line in message.splitlines() if (m := _KEY.match(line))]
     where = "--" + ".".join(keys) if keys else "the configuration"
     option, name, owner = _OPTION.search(message), _NAME.search(message), None
@@ -59,12 +69,17 @@ def one_line(message: str, options: Iterable[str]) -> str:
         return f"{where}: {of} does not take {wrong!r}{_nearest(wrong, known)}"
     if name:
         near = get_close_matches(name[1], _class_names(), n=3, cutoff=0.6)
+        if name[1] in near:
+            return f"{where}: {name[1]} is a class, but not of the kind that is wanted here"
         if not near:
             return f"{where}: {name[1]!r} is neither a valid value nor the path of a class that can be imported"
         return f"{where}: no class is called {name[1]!r}; did you mean {' or '.join(near)}?"
     reasons = [line.strip(" -") for line in message.splitlines() if line.strip() and "NoneType" not in line]
     reasons = [r for r in reasons if not r.startswith(("Given value", "Subtypes", "Errors", "Does not validate"))]
-    return f"{where}: {_KEY.sub('', reasons[-1]).lstrip(': ')}" if reasons and keys else " ".join(message.split())
+    if not reasons or not keys:
+        return " ".join(message.split())
+    named = f"; it takes names: {where}.NAME VALUE" if reasons[-1].endswith("Expected a <class 'dict'>") else ""
+    return f"{where}: {_KEY.sub('', reasons[-1]).lstrip(': ')}{named}"
 
 
 def users_mistake(error: BaseException) -> str | None:
@@ -81,17 +96,17 @@ def users_mistake(error: BaseException) -> str | None:
     while cause is not None:
         no_room = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         if isinstance(cause, (FileNotFoundError, MisconfigurationException)) or no_room or _raised_here(cause):
-            return " ".join(str(cause).split())
+            return re.sub(r"^\[Errno \d+\] ", "", " ".join(str(cause).split()))
         cause = cause.__cause__
     return None
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether a `raise` statement of this package made it, and not an expression that went wrong."""
+    """Whether a `raise` statement of this package or of the Trainer made it, and not an expression that went wrong."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith("lightning_tilt."):
+    if last is None or not str(last.tb_frame.f_globals.get("__name__", "")).startswith(_RAISERS):
         return False
     return dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
 

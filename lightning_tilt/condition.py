@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Condition", "Prompts"]
+__all__ = ["Condition", "Prompts", "quoted"]
 
 Prompts: TypeAlias = Sequence[str] | None
 """One prompt a sample, or None where there is nothing to condition on (densities)."""
@@ -73,3 +73,14 @@ class Condition:
 
         moved = {name: move(tensor) for name, tensor in self.tensors.items()}
         return Condition(moved, self.prompts, self.size)
+
+
+def quoted(value: object, longest: int = 80) -> str:
+    """A prompt, or what stands in its place, as messages name it: in quotes, at most `longest` characters.
+
+    Example:
+        >>> quoted("a seven"), len(quoted("seven" * 1000))
+        ("'a seven'", 80)
+    """
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."

@@ -4,11 +4,24 @@ A new run in a used folder first moves what the earlier one left into `previous/
 run goes on with it, and what it writes anew leaves the earlier one as `report.1.json`, `report.2.json`, ...
 """
 
+import csv
+import io
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
-__all__ = ["RUN_OUTPUTS", "keep_previous", "set_aside", "write_json", "write_text"]
+__all__ = [
+    "RUN_OUTPUTS",
+    "keep_previous",
+    "name_within",
+    "need_writable",
+    "set_aside",
+    "write_csv",
+    "write_json",
+    "write_text",
+]
 
 _DIAGNOSTICS = ("target_variance", "adjoint_norm", "work", "ess", "density")
 
@@ -34,6 +47,41 @@ RUN_OUTPUTS = (
     *(f"{name}.{kind}" for name in _DIAGNOSTICS for kind in ("json", "png")),
 )
 """What a run writes, also under a number (`report.1.json`); nothing else in the folder is touched."""
+
+
+def need_writable(folder: str | Path) -> None:
+    """Refuse, before anything is computed, a folder that nothing can be written into; nothing is made or left there.
+
+    Args:
+        folder: the run's folder; it need not exist.
+
+    Raises:
+        OSError: naming the folder and what the system says of it.
+    """
+    folder = Path(folder).expanduser().absolute()
+    try:
+        with TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.exists())):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"the run's folder {str(folder)!r} cannot be written to ({error.strerror}); give another one: "
+            "--trainer.default_root_dir FOLDER"
+        ) from None
+
+
+def name_within(setting: str, name: str) -> str:
+    """The name, if it is one of something that lies in the run's folder itself.
+
+    Args:
+        setting: whose value it is, for the message.
+        name: to be checked.
+
+    Raises:
+        ValueError: if it leads elsewhere, where what it names would be renamed before it is written.
+    """
+    if name != Path(name).name or name in ("", "..") or "\0" in name:
+        raise ValueError(f"{setting} is a name in the run's folder, and {name!r} is none: give one without a slash")
+    return name
 
 
 def keep_previous(folder: str | Path) -> Path | None:
@@ -82,3 +130,14 @@ def write_text(path: str | Path, text: str) -> None:
     draft.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
     set_aside(path)
     draft.replace(path)
+
+
+def write_csv(path: str | Path, rows: Iterable[Sequence[object]]) -> None:
+    """The same of a table; a text that a spreadsheet would take for a formula gets an apostrophe before it."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([_plain(cell) for cell in row] for row in rows)
+    write_text(path, text.getvalue())
+
+
+def _plain(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r") else cell

@@ -114,9 +114,11 @@ def test_predict_leaves_images_a_grid_and_a_table(tmp_path: Path, sd15_folder: P
     assert [row[:2] for row in rows[1:]] == [[f"0000{i}.png", "two" if i < 2 else "nine"] for i in range(4)]
     assert all(0 <= float(row[2]) <= 1 for row in rows[1:])
     # A second prediction, of fewer images, does not mix with the first.
-    tilt("predict", *args, "--data.predict_prompts", "[two]")
+    tilt("predict", *args, "--data.predict_prompts", "['=two']")
     assert len(list(folder.glob("0*.png"))) == 2
     assert len(list((tmp_path / "predictions.1").glob("0*.png"))) == 4
+    # In the table for spreadsheets what looks like a formula is marked as a text.
+    assert (folder / "samples.csv").read_text().splitlines()[1].startswith("00000.png,'=two,")
 
 
 def test_predict_leaves_the_states_of_a_density(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from command import DIGITS, TOY, Result, overlay, tilt
 
+from lightning_tilt.run_folder import need_writable
+
 BASE = "model.predictor.base"
 MISSPELT = [
     (["--sampler.stepz", "3"], "--sampler.stepz is not an option; did you mean --sampler.steps"),
@@ -27,6 +29,13 @@ MISSPELT = [
     (["--model.lam", "many"], "--model.lam: 'many' is neither a valid value nor the path of a class"),
     (["--sampler.steps", "three"], "--sampler.steps: Expected a <class 'int'>. Got value: three"),
     (["--sampler.on_bad_reward", "ignore"], "--sampler.on_bad_reward: Expected"),
+    (["--evaluation.embedding", "Ink"], "--evaluation.embedding: Ink is a class, but not of the kind that is wanted"),
+    (["--evaluation.rewards", "HPSv2"], "Expected a <class 'dict'>; it takes names: --evaluation.rewards.NAME VALUE"),
+    (
+        ["--evaluation.rewards+=Ink"],
+        "--evaluation.rewards is no list; a named entry is added by --evaluation.rewards.N",
+    ),
+    (["--model.reward.help"], "an option that ends in .help expects a class: --model.reward.help HPSv2"),
     (["--config", "nowhere.yaml"], "--config: File does not exist: "),
 ]
 IN_YAML = [
@@ -171,6 +180,38 @@ def test_a_mistake_leaves_the_earlier_run_in_place(tmp_path: Path) -> None:
         assert_one_line(tilt(*args, *wrong, cwd=tmp_path), 1, line)
     assert all((run / name).read_text() == text for name, text in left.items())
     assert not (run / "previous").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_folder_that_cannot_be_written_to_is_refused_first(command: str, tmp_path: Path) -> None:
+    folder = Path("/dev/null/run") if command != "fit" else Path("/proc/run")
+    result = tilt(command, *overlay(TOY, tmp_path), "--trainer.default_root_dir", folder)
+    assert_one_line(result, 1, f"the run's folder '{folder}' cannot be written to (N")
+    assert "give another one: --trainer.default_root_dir FOLDER" in result.err and result.err.count("\n") == 1
+
+
+def test_nothing_is_left_where_a_folder_can_be_written_to(tmp_path: Path) -> None:
+    need_writable(tmp_path / "not/yet/there")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_options_of_a_class_are_listed() -> None:
+    result = tilt("fit", "--config", TOY, "--model.reward.help", "ImageReward")
+    assert result.status == 0 and "--reward.micro_batch" in result.out and "usage: lightning-tilt" in result.out
+    assert_one_line(tilt("fit", "--model.reward.help", "HPSv2"), 2, "fit --config FILE --model.reward.help HPSv2")
+
+
+def test_numbers_of_the_system_are_left_out(tmp_path: Path) -> None:
+    from lightning_tilt.cli_errors import users_mistake
+
+    with pytest.raises(FileNotFoundError) as error:
+        (tmp_path / "no").open()
+    assert users_mistake(error.value) == f"No such file or directory: '{tmp_path / 'no'}'"
+
+
+def test_a_strategy_that_the_trainer_refuses(tmp_path: Path) -> None:
+    result = tilt("fit", *overlay(TOY, tmp_path), "--trainer.accelerator", "cpu", "--trainer.strategy", "fsdp")
+    assert_one_line(result, 1, "fsdp")
 
 
 def test_a_setting_that_the_trainer_refuses(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_file_is_read_line_by_line(tmp_path: Path) -> None:
     file.write_bytes("\ufeffa seven\r\n\r\n# remark\r\n  deux\u2028têtes \r\nlast".encode())
     assert read_prompts(file) == ["a seven", "deux\u2028têtes", "last"]
     assert read_prompts(str(file)) == read_prompts(file)
-    assert read_prompts(["", "# kept"]) == ["", "# kept"]
+    assert read_prompts(["# kept"]) == ["# kept"]
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from toys import AffineControl, SumReward, gaussian, trainer
 
 from lightning_tilt import AdjointMatching, TiltModule
-from lightning_tilt.callbacks import Evaluation, TrajectorySampler
+from lightning_tilt.callbacks import Evaluation, TiltReport, TrajectorySampler
 from lightning_tilt.data import DrawsDataModule, PromptDataModule
 from lightning_tilt.interfaces import Prompts, Reward
 from lightning_tilt.process import RectifiedFlow
@@ -141,7 +141,7 @@ class Picky(SumReward):
     """Has nothing to say of one prompt."""
 
     def score(self, images: Tensor, prompts: Prompts) -> Tensor:
-        if "seven" in (prompts or []):
+        if "seven" in (prompts or []) or len((prompts or [""])[0]) > 1000:
             raise ValueError("sevens are beyond me")
         return super().score(images, prompts)
 
@@ -164,6 +164,31 @@ def test_failures_of_rewards_are_named_and_the_rest_goes_on(trained: bool, tmp_p
     assert len(blank) == 24 - some["n"]
     if not trained:  # what is not trained on spoils no other figure
         assert report["rewards"]["SumReward"]["base"]["n"] == 24
+
+
+class Lumped(SumReward):
+    """One number for the whole batch, which would pass for everybody's, or several for each sample."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def score(self, images: Tensor, prompts: Prompts) -> Tensor:
+        return {"mean": images.mean(), "one": images.mean()[None], "columns": images.flatten(1)}[self.way]
+
+
+@pytest.mark.parametrize(("way", "shape"), [("mean", r"\(\)"), ("one", r"\(1,\)"), ("columns", r"\(4, \d+\)")])
+def test_further_rewards_give_one_number_a_sample(way: str, shape: str, tmp_path: Path) -> None:
+    told = rf"Lumped\.score returned shape {shape} for 4 samples; it should be \(4,\): one number a sample"
+    data = PromptDataModule(WORDS, batch_size=2)
+    with pytest.raises(ValueError, match=told):
+        run(tmp_path, images(), Evaluation(samples=4, rewards={"lumped": lambda: Lumped(way)}), data)
+    report = TiltReport(base_samples=4, tuned_samples=4, judges={"lumped": Lumped(way)})
+    task = AdjointMatchingTask(predictor=images(), reward=SumReward())
+    fitter = trainer([TrajectorySampler(steps=STEPS, seed=3), report], default_root_dir=tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=told):
+        fitter.fit(task, datamodule=data)
+    assert list(tmp_path.iterdir()) == []
 
 
 class Page(HTMLParser):
@@ -201,6 +226,7 @@ def test_any_prompt_is_text_and_nothing_else(tmp_path: Path) -> None:
     assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
         f"deep/run/{name}" for name in FILES
     }
+    assert max(map(len, report["warnings"])) < 300  # which name the longest prompt too
     text = (folder / "evaluation.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.prompts == [*NASTY, "seven"]
@@ -269,6 +295,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         run(tmp_path, images(), Evaluation(embedding=int), data)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"evaluation\.samples must be at least 1, not 0"):
         Evaluation(samples=0)
+    with pytest.raises(ValueError, match=r"limit_test_batches: 0 leaves nothing to evaluate"):
+        run(tmp_path, images(), Evaluation(), data, limit_test_batches=0)
     module = TiltModule(images(), SumReward())
     tester = trainer([TrajectorySampler(steps=2), Evaluation()], default_root_dir=tmp_path)
     with pytest.raises(TypeError, match=r"serves the host of a loss, and TiltModule is none"):

@@ -62,14 +62,21 @@ def test_another_column(write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("a.csv", 'prompt\n"a" b\n', "line 2: "),
         ("a.csv", 'prompt\n"never closed\n', "line 2: "),
         ("a.csv", 'prompt,n\n"  ",1\n', "line 2: the prompt is empty"),
-        ("a.csv", "prompt\n" + "x" * 200_000, "line 2: field larger"),
-        ("a.csv", "", "holds no prompt"),
-        ("a.csv", "prompt\n", "holds no prompt"),
+        ("a.csv", "prompt\n" + "x" * 200_000, "line 2: a cell is too long: a prompt has at most 10,000 characters"),
+        ("a.csv", "prompt;n\nx;1\n", "parts its cells by semicolons; write commas"),
+        ("a.csv", "", "holds no prompt; write one a row"),
+        ("a.csv", "prompt\n", "holds no prompt; write one a row"),
+        ("a.txt", "# nothing\n", "holds no prompt; write one a line"),
+        ("a.txt", "x\n" + "y" * 10_001, "line 2: the prompt has 10,001 characters, and at most 10,000 are read"),
+        ("a.txt", "x\na \x1b[31mred\n", "line 2: the prompt has a character that is no text"),
+        ("a.yaml", "- a\n- b\n", r"no \.yaml is read, but \.txt, \.csv, \.tsv, \.json and \.jsonl"),
+        ("a.PARQUET", "PAR1 that decodes", r"no \.PARQUET is read"),
         ("a.csv", b"prompt\n\xff\xfe", "no UTF-8 text"),
         ("a.json", "", "is no JSON: Expecting value at line 1, column 1"),
         ("a.json", '["a",\n"b"', "is no JSON: .* at line 2"),
-        ("a.json", "[]", "holds no prompt"),
-        ("a.json", '{"prompts": ["a"]}', "where a list of prompts should be"),
+        ("a.json", "[]", "holds no prompt; write a list of them"),
+        ("a.json", '{"prompts": ["a"]}', "where a list of prompts should be: write the list under 'prompts' alone"),
+        ("a.json", '{"a": 3}', "where a list of prompts should be$"),
         ("a.json", '["a", 3]', "entry 2: a prompt is a string, not 3"),
         ("a.json", '["a", {"text": "b"}]', "entry 2 has no key 'prompt'; it has 'text': give"),
         ("a.json", '[{"prompt": null}]', "entry 1: a prompt is a string, not None"),
@@ -148,6 +155,23 @@ def test_what_is_no_path_is_no_file(source: str) -> None:
         read_prompts(source)
 
 
-def test_prompts_of_a_list_are_text() -> None:
-    with pytest.raises(ValueError, match="entry 2: the prompt has a character that is no text"):
-        read_prompts(["seven", "\ud800"])
+def test_columns_are_of_tables(write: Any) -> None:
+    with pytest.raises(FileNotFoundError, match=r"only tables have columns: give .*a\.txt$"):
+        read_prompts(f"{write('a.txt', 'seven')}:prompt")
+
+
+@pytest.mark.parametrize("source", ["", "  "])
+def test_no_name_is_no_folder(source: str) -> None:
+    with pytest.raises(ValueError, match="there is no name of a file in"):
+        read_prompts(source)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [("\ud800", "a character that is no text"), ("\x07", "a character that is no text"), ("", "the prompt is empty"),
+     (" \n", "the prompt is empty"), ("x" * 10_001, "the prompt has 10,001 characters")],
+)  # fmt: skip
+def test_prompts_of_a_list_are_checked_as_those_of_a_file(wrong: str, told: str) -> None:
+    with pytest.raises(ValueError, match=f"prompts, entry 2: .*{told}"):
+        read_prompts(["seven", wrong])
+    assert read_prompts([" seven\n", "x" * 10_000, "a\tb\nc"]) == ["seven", "x" * 10_000, "a\tb\nc"]

@@ -1,5 +1,6 @@
 """The run's folder: metrics are appended to, nothing is overwritten."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_tilt.loggers import RunLogger, read_metrics
-from lightning_tilt.run_folder import RUN_OUTPUTS, keep_previous, set_aside, write_json
+from lightning_tilt.run_folder import RUN_OUTPUTS, keep_previous, set_aside, write_csv, write_json
 
 
 def test_metrics_get_columns_as_they_appear(tmp_path: Path) -> None:
@@ -116,3 +117,20 @@ def test_everything_that_callbacks_write_is_an_output_of_a_run() -> None:
     from lightning_tilt.callbacks import ExportWeights, PredictionWriter
 
     assert {ExportWeights().folder, PredictionWriter().folder, "report.json", "curves.png"} <= set(RUN_OUTPUTS)
+
+
+def test_no_cell_is_a_formula(tmp_path: Path) -> None:
+    texts = ["=cmd|' /C calc'!A0", "+1", "-x", "@SUM(1)", "a = b", '数字, "7"', -1.5, None]
+    write_csv(tmp_path / "a.csv", [texts])
+    with (tmp_path / "a.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.reader(file)
+    assert row == ["'=cmd|' /C calc'!A0", "'+1", "'-x", "'@SUM(1)", "a = b", '数字, "7"', "-1.5", ""]
+
+
+@pytest.mark.parametrize("name", ["../../..", "..", "", ".", "/tmp/x", "a/b", "a/"])
+def test_outputs_lie_in_the_folder_itself(name: str) -> None:
+    from lightning_tilt.callbacks import ExportWeights, PredictionWriter
+
+    for callback in (ExportWeights, PredictionWriter):
+        with pytest.raises(ValueError, match=rf"{callback.__name__}\.folder is a name in the run's folder, and '"):
+            callback(folder=name)

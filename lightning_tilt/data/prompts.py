@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
+from lightning_tilt.condition import quoted
 from lightning_tilt.data.loader import Loader
 from lightning_tilt.data.sources import PromptSource, read_prompts
 from lightning_tilt.interfaces import Sampler
@@ -118,7 +119,7 @@ class PromptDataModule(LightningDataModule):
             changed = f"there were {len(saved)} prompts, and now there are {len(mine)}"
         elif not torch.equal(saved, mine):
             first = int((saved != mine).nonzero()[0])
-            changed = f"prompt {first + 1} was another one and is {self.prompts[first]!r} now"
+            changed = f"prompt {first + 1} was another one and is {quoted(self.prompts[first])} now"
         for name in ("shuffle", "seed"):
             if changed is None and state_dict[name] != self.__dict__[name]:
                 changed = f"data.{name} was {state_dict[name]!r}, and now it is {self.__dict__[name]!r}"

@@ -9,7 +9,8 @@
                                        `hf://owner/name/config@revision:train[:100]:caption` with everything
 
 Files are UTF-8, with or without a byte-order mark.  They are read as data and nothing else; a prompt is whatever the
-text is, without white space around it.  A malformed file is refused with the line, and never half read.
+text is, without white space around it, up to 10,000 characters.  A malformed file is refused with the line, and never
+half read.
 """
 
 import csv
@@ -20,6 +21,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from lightning_tilt.condition import quoted
 
 __all__ = ["PromptSource", "read_prompts"]
 
@@ -32,6 +35,12 @@ _HUB = re.compile(
     r"(?::(?P<split>[^:\[]+(?:\[[^\]]*\])?))?(?::(?P<column>.+))?"
 )
 _MEND = "give a text file with one prompt a line"
+_LONGEST = 10_000  # characters of a prompt: encoders read a few hundred, and reports show every one
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_FOREIGN = (
+    ".arrow", ".bz2", ".feather", ".gz", ".htm", ".html", ".npy", ".npz", ".ods", ".parquet", ".pickle", ".pkl",
+    ".toml", ".xls", ".xlsx", ".xml", ".xz", ".yaml", ".yml", ".zip", ".zst",
+)  # fmt: skip
 
 
 def read_prompts(source: PromptSource) -> list[str]:
@@ -47,8 +56,10 @@ def read_prompts(source: PromptSource) -> list[str]:
     """
     if not isinstance(source, (str, Path)):
         if not source or not all(isinstance(prompt, str) for prompt in source):
-            raise ValueError(f"prompts must be a file or a list of at least one string, not {source!r}")
-        return [_text_alone(prompt, f"prompts, entry {i}") for i, prompt in enumerate(source, 1)]
+            raise ValueError(f"prompts must be a file or a list of at least one string, not {quoted(source)}")
+        return [_checked(prompt, f"prompts, entry {i}") for i, prompt in enumerate(source, 1)]
+    if not str(source).strip():
+        raise ValueError(f"prompts: there is no name of a file in {str(source)!r}; {_MEND}")
     if str(source).startswith("hf:"):
         return _hub(str(source))
     column, path = "prompt", str(source)
@@ -62,11 +73,12 @@ def read_prompts(source: PromptSource) -> list[str]:
         raise
     except (OSError, RuntimeError) as error:  # a prompt in place of a file, a home that nobody has
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"there is no prompt file {_short(source)} ({reason[:80]}); {_MEND}") from None
+        raise FileNotFoundError(f"there is no prompt file {quoted(source)} ({reason[:80]}); {_MEND}") from None
     reader = _READERS.get(file.suffix.lower(), _lines)
     prompts = [_checked(value, f"prompt file {path!r}, {where}") for where, value in reader(text, path, column)]
     if not prompts:
-        raise ValueError(f"prompt file {path!r} holds no prompt; write one a line")
+        mends = {".csv": "write one a row", ".tsv": "write one a row", ".json": "write a list of them"}
+        raise ValueError(f"prompt file {path!r} holds no prompt; {mends.get(file.suffix.lower(), 'write one a line')}")
     return prompts
 
 
@@ -74,7 +86,11 @@ def _text(file: Path, source: str) -> str:
     if file.is_dir():
         raise ValueError(f"prompts {source!r} is a folder; {_MEND}")
     if not file.is_file():
-        raise FileNotFoundError(f"there is no prompt file {source!r}; {_MEND}")
+        plain = source.rpartition(":")[0]
+        mend = f"only tables have columns: give {plain}" if plain and Path(plain).expanduser().is_file() else _MEND
+        raise FileNotFoundError(f"there is no prompt file {quoted(source)}; {mend}")
+    if file.suffix.lower() in _FOREIGN:
+        raise ValueError(f"prompt file {source!r}: no {file.suffix} is read, but .txt, .csv, .tsv, .json and .jsonl")
     try:
         text = file.read_bytes().decode("utf-8-sig")  # bytes: line ends within a cell or a string are its own
     except UnicodeDecodeError:
@@ -87,22 +103,15 @@ def _text(file: Path, source: str) -> str:
 def _checked(value: object, where: str) -> str:
     """A prompt without white space around it."""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: a prompt is a string, not {_short(value)}")
+        raise ValueError(f"{where}: a prompt is a string, not {quoted(value)}")
     prompt = value.strip()
     if not prompt:
         raise ValueError(f"{where}: the prompt is empty; remove it, or write one")
-    return _text_alone(prompt, where)
-
-
-def _text_alone(prompt: str, where: str) -> str:
-    if "\0" in prompt or any("\ud800" <= c <= "\udfff" for c in prompt):
-        raise ValueError(f"{where}: the prompt has a character that is no text (a NUL, or half a surrogate pair)")
+    if len(prompt) > _LONGEST:
+        raise ValueError(f"{where}: the prompt has {len(prompt):,} characters, and at most {_LONGEST:,} are read")
+    if _CONTROL.search(prompt) or any("\ud800" <= c <= "\udfff" for c in prompt):
+        raise ValueError(f"{where}: the prompt has a character that is no text (a control, or half a surrogate pair)")
     return prompt
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 _Found = Iterable[tuple[str, object]]
@@ -135,7 +144,9 @@ def _delimited(delimiter: str) -> Callable[[str, str, str], _Found]:
                     )
                 yield f"line {line}", cells[place]
         except csv.Error as error:
-            raise ValueError(f"prompt file {path!r}, line {last + 1}: {error}") from None
+            reason = f"a cell is too long: a prompt has at most {_LONGEST:,} characters"
+            reason = reason if "field larger" in str(error) else str(error)
+            raise ValueError(f"prompt file {path!r}, line {last + 1}: {reason}") from None
 
     return rows
 
@@ -143,8 +154,10 @@ def _delimited(delimiter: str) -> Callable[[str, str, str], _Found]:
 def _place(header: list[str], column: str, path: str) -> int:
     if header.count(column) != 1:
         found = "has several columns" if column in header else "has no column"
+        if len(header) == 1 and ";" in header[0]:
+            raise ValueError(f"prompt file {path!r} parts its cells by semicolons; write commas, or tabs in a .tsv")
         raise ValueError(
-            f"prompt file {path!r} {found} {column!r}; its first line names {', '.join(map(_short, header[:20]))}: "
+            f"prompt file {path!r} {found} {column!r}; its first line names {', '.join(map(quoted, header[:20]))}: "
             f"give {path}:COLUMN"
         )
     return header.index(column)
@@ -153,7 +166,9 @@ def _place(header: list[str], column: str, path: str) -> int:
 def _json(text: str, path: str, column: str) -> _Found:
     content = _parsed(text, f"prompt file {path!r}")
     if not isinstance(content, list):
-        raise ValueError(f"prompt file {path!r} holds {_short(content)}, where a list of prompts should be")
+        inner = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, dict) else []
+        mend = f": write the list under {quoted(inner[0])} alone" if inner else ""
+        raise ValueError(f"prompt file {path!r} holds {quoted(content)}, where a list of prompts should be{mend}")
     for number, entry in enumerate(content, 1):
         yield f"entry {number}", _entry(entry, f"prompt file {path!r}, entry {number}", path, column)
 
@@ -179,7 +194,7 @@ def _entry(entry: object, where: str, path: str, key: str) -> object:
         return entry
     if key not in entry:
         raise ValueError(
-            f"{where} has no key {key!r}; it has {', '.join(map(_short, list(entry)[:20])) or 'none'}: give {path}:KEY"
+            f"{where} has no key {key!r}; it has {', '.join(map(quoted, list(entry)[:20])) or 'none'}: give {path}:KEY"
         )
     return entry[key]
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_tilt.condition import quoted
 from lightning_tilt.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _stop(found: list[str], mend: str) -> NoReturn:
 
 def named(samples: list[int], prompts: list[str] | None) -> str:
     """The first of some samples by their prompts, or by their numbers where there are none."""
-    names = sorted({repr(prompts[i]) for i in samples}) if prompts else [f"sample {i}" for i in samples]
+    names = sorted({quoted(prompts[i]) for i in samples}) if prompts else [f"sample {i}" for i in samples]
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.condition import quoted
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Condition, ExportablePredictor, Prompts
 from lightning_tilt.models.embeddings import PromptEmbeddings
@@ -90,8 +91,9 @@ class TextConditioned(ExportablePredictor):
             return found
         if weights is None:
             raise FileNotFoundError(
-                f"the prompt {prompt!r} has no embedding in {str(self.embeddings.folder)!r}, and the text encoders are "
-                "not loaded: encode it first (lightning-tilt fit ... --dry_run prompts), or unset without_encoders"
+                f"the prompt {quoted(prompt)} has no embedding in {str(self.embeddings.folder)!r}, and the text "
+                "encoders are not loaded: encode it first (lightning-tilt fit ... --dry_run prompts), or unset "
+                "without_encoders"
             )
         # What a validation under inference mode remembers, training must be able to save for its backward.
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(weights.device.type, enabled=False):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_tilt.assets import folder
+from lightning_tilt.condition import quoted
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Prompts, Reward
 from lightning_tilt.interfaces.skeleton import skeleton_device
@@ -82,7 +83,7 @@ class DigitClassifier(Reward):
             digit = digit_of(prompt)
             if digit is None:
                 raise ValueError(
-                    f"DigitClassifier cannot tell which digit the prompt {prompt!r} asks for; "
+                    f"DigitClassifier cannot tell which digit the prompt {quoted(prompt)} asks for; "
                     "name exactly one, as in 'a handwritten seven' or 'the digit 7'"
                 )
             found.append(digit)
