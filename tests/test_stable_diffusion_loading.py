@@ -34,7 +34,7 @@ def test_wrong_paths_are_told_in_one_line(tmp_path: Path, sd15_folder: Path, sd3
     broken.mkdir()
     with pytest.raises(ValueError, match="unknown scheduler 'MyScheduler'"):
         StableDiffusion(edited(sd15_folder, broken, scheduler=["diffusers", "MyScheduler"]))
-    with pytest.raises(FileNotFoundError, match="could not be loaded"):
+    with pytest.raises(FileNotFoundError, match="has no folder 'scheduler', which its model_index"):
         StableDiffusion(edited(sd15_folder, broken))
     (broken / "model_index.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):

@@ -65,11 +65,12 @@ class LatentDiffusion(TextConditioned):
         without_encoders: load no text encoder; all prompts, and "" for guidance, must be in `embeddings`.
         variant: of the weight files, e.g. "fp16".
         revision: of the Hub repository: branch, tag or commit.
+        allow_pickle: read weights from a `.bin` where there is no `.safetensors`: tensors alone, code is never run.
         without: components that are not loaded.
 
     Raises:
         FileNotFoundError: if `path` is neither a folder with a `model_index.json` nor found on the Hub.
-        ValueError: for another kind of pipeline, an unknown scheduler or option, a size that does not fit.
+        ValueError: for another kind of pipeline, an unknown scheduler or option, a size or weights that do not fit.
     """
 
     pipeline_class: ClassVar[str]
@@ -101,6 +102,7 @@ class LatentDiffusion(TextConditioned):
         without_encoders: bool = False,
         variant: str | None = None,
         revision: str | None = None,
+        allow_pickle: bool = False,
         without: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -113,12 +115,15 @@ class LatentDiffusion(TextConditioned):
         if tuning == "full":
             dtypes[self.denoiser] = torch.float32
         left_out = (*without, *(self.text_encoders if without_encoders else ()))
-        self._load = partial(load_pipeline, path, self.pipeline_class, dtypes, variant=variant, revision=revision)
+        files: dict[str, Any] = {"variant": variant, "revision": revision, "allow_pickle": allow_pickle}
+        self._load = partial(load_pipeline, path, self.pipeline_class, dtypes, **files)
         self._without, self._pipeline = tuple(without), self._load(without=left_out)
         parts = self._pipeline.components
         self.network = parts[self.denoiser].train()  # the pipeline comes in eval mode; this part is what a fit trains
         # The pipeline keeps its own VAE, for exports; it is not moved to the device then.
-        vae = parts["vae"] if tiny_vae is None else load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config)
+        vae = parts["vae"]
+        if tiny_vae is not None:
+            vae = load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config, allow_pickle=allow_pickle)
         self.vae: Frozen[Any] = Frozen(vae)
         self._tiny_vae = "" if tiny_vae is None else str(tiny_vae)
         if vae_slicing:

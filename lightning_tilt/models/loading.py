@@ -1,19 +1,19 @@
 """Read a latent diffusion pipeline from a folder or the Hub, and say in one line why that is not possible.
 
-diffusers does the loading (`StableDiffusionPipeline.from_pretrained` and its sisters).  This module looks first at
-`model_index.json`, a file of a few hundred bytes, so that a wrong path, a wrong family or an unknown scheduler is
-told before gigabytes are read.
+diffusers and transformers do the loading (`from_pretrained`).  This module looks first at `model_index.json`, a file of
+a few hundred bytes, so that a wrong path, a wrong family or an unknown scheduler is told before gigabytes are read; the
+parts that it names are loaded one by one (`parts.py`), each whole, and put together.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from packaging.version import Version
 
+from lightning_tilt.interfaces.reports import first_line
 from lightning_tilt.interfaces.skeleton import skeleton_device
+from lightning_tilt.models.parts import check_files, load_network, load_networks, named_parts, read_names, told
 from lightning_tilt.models.skeletons import build_part, build_skeleton
 
 __all__ = ["Dtype", "load_pipeline", "load_tiny_vae", "torch_dtype"]
@@ -48,6 +48,7 @@ def load_pipeline(
     without: Sequence[str] = (),
     variant: str | None = None,
     revision: str | None = None,
+    allow_pickle: bool = False,
 ) -> Any:
     """Load a diffusers pipeline.
 
@@ -58,13 +59,14 @@ def load_pipeline(
         without: components to leave out.
         variant: of the weight files, e.g. "fp16".
         revision: of the Hub repository: branch, tag or commit.
+        allow_pickle: read weights from a `.bin` where there is no `.safetensors`: tensors alone, code is never run.
 
     Returns:
         The pipeline, its networks in eval mode.
 
     Raises:
         FileNotFoundError: if there is no such folder or repository, or a file of it is missing.
-        ValueError: if it holds another kind of pipeline, or an unknown scheduler.
+        ValueError: if it holds another kind of pipeline, an unknown scheduler, damaged files, or weights are missing.
     """
     import diffusers
 
@@ -72,52 +74,52 @@ def load_pipeline(
         return build_skeleton(path, kind, dtypes, without=(*_UNUSED[kind], *without), device=device)
     index = _read_index(path, revision)
     _check_index(path, index, kind, dir(diffusers))
-    options: dict[str, Any] = dict.fromkeys((*_UNUSED[kind], *without))
-    # Renamed in diffusers 0.42; the older name warns there.
-    options["dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"] = dict(dtypes)
+    left_out = (*_UNUSED[kind], *without)
+    parts = named_parts(path, index, without=left_out)
+    options: dict[str, Any] = dict.fromkeys(left_out)
+    make, folder = getattr(diffusers, kind), Path(_locate(path))
+    if not folder.is_dir():
+        formats, name = None if allow_pickle else True, str(path)
+        with told(repr(name)):
+            fetched = make.download(name, variant=variant, revision=revision, use_safetensors=formats, **options)
+        folder = Path(fetched)
+    check_files(path, folder, parts, allow_pickle)
+    options |= load_networks(path, folder, parts, dtypes, variant=variant, allow_pickle=allow_pickle)
     if kind == "StableDiffusionPipeline":
         options["requires_safety_checker"] = False
-    try:
-        pipeline = getattr(diffusers, kind).from_pretrained(
-            _locate(path), variant=variant, revision=revision, **options
-        )
-    except OSError as error:
-        raise FileNotFoundError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from None
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} could not be loaded: {_first_line(error)}") from None
-    for part in pipeline.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.eval()
+    with told(f"{str(path)!r}: its tokenizers and scheduler"):
+        pipeline = make.from_pretrained(str(folder), **options)
+    pipeline.register_to_config(_name_or_path=_locate(path))  # of a Hub name not the folder that it was fetched to
     return pipeline
 
 
-def load_tiny_vae(path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, Any]) -> Any:
+def load_tiny_vae(
+    path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, Any], *, allow_pickle: bool = False
+) -> Any:
     """Load a small autoencoder (`AutoencoderTiny`) whose decoder takes a denoiser's latents.
 
     Args:
         path: folder that `save_pretrained` wrote, or name on the Hub.
         dtype: of its weights.
         denoiser: configuration of the denoiser.
+        allow_pickle: as for the pipeline.
 
     Raises:
         FileNotFoundError: if there is none at `path`.
-        ValueError: if its latents have another number of channels.
+        ValueError: if its files are damaged, weights are missing, or its latents have another number of channels.
     """
     from diffusers import AutoencoderTiny
 
     if (device := skeleton_device()) is not None:  # taesd and its sisters have the class's own configuration
         config = {"latent_channels": denoiser["in_channels"]}
         return build_part({"library": "diffusers", "cls": "AutoencoderTiny", "config": config}, dtype, device)
-    try:
-        vae = AutoencoderTiny.from_pretrained(_locate(path)).to(dtype)
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"tiny_vae {str(path)!r} could not be loaded: {_first_line(error)}") from None
+    vae = load_network(f"tiny_vae {str(path)!r}", _locate(path), AutoencoderTiny, dtype, allow_pickle=allow_pickle)
     if vae.config["latent_channels"] != denoiser["in_channels"]:
         raise ValueError(
             f"tiny_vae {str(path)!r} decodes latents of {vae.config['latent_channels']} channels, and the denoiser's "
             f"have {denoiser['in_channels']}: take the small decoder of this family (SD 1.5: taesd, SD 3: taesd3)"
         )
-    return vae.eval()
+    return vae
 
 
 def _locate(path: str | Path) -> str:
@@ -139,11 +141,7 @@ def _read_index(path: str | Path, revision: str | None) -> dict[str, Any]:
         raise FileNotFoundError(
             f"folder {str(path)!r} has no model_index.json; give the folder that a pipeline's save_pretrained wrote"
         )
-    try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"model_index.json of {str(path)!r} is no JSON ({_first_line(error)}); restore it") from None
-    return index
+    return read_names(f"model_index.json of {str(path)!r}", file)
 
 
 def _fetch_index(name: str, revision: str | None) -> Path:
@@ -153,7 +151,7 @@ def _fetch_index(name: str, revision: str | None) -> Path:
         return Path(hf_hub_download(name, "model_index.json", revision=revision))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name!r} is neither a folder nor reachable on the Hub ({_first_line(error)}); check the name, the "
+            f"{name!r} is neither a folder nor reachable on the Hub ({first_line(error)}); check the name, the "
             "connection and, for a gated model, `hf auth login`"
         ) from None
 
@@ -165,13 +163,10 @@ def _check_index(path: str | Path, index: Mapping[str, Any], kind: str, known: S
         mend = {"StableDiffusionPipeline": "StableDiffusion", "StableDiffusion3Pipeline": "StableDiffusion3"}
         use = f"load it with {mend[found]}" if found in mend else f"known kinds are {', '.join(mend)}"
         raise ValueError(f"{str(path)!r} holds a {found}, not a {kind}; {use}")
-    scheduler = (index.get("scheduler") or [None, None])[1]
+    scheduler = index.get("scheduler")
+    scheduler = scheduler[1] if isinstance(scheduler, list) and len(scheduler) == 2 else scheduler
     if scheduler not in known:
         raise ValueError(
             f"{str(path)!r} names an unknown scheduler {scheduler!r}, so its noise levels are unknown; name one of "
             "diffusers' schedulers in its model_index.json"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -17,16 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tilt.interfaces.reports import first_line
 from lightning_tilt.interfaces.skeleton import skeleton_device
 
 __all__ = ["check_fit", "check_sha256", "find_file", "first_line", "is_local", "only_prefixed", "read_weights"]
 
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its name if it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def is_local(path: str) -> bool:
