@@ -77,6 +77,15 @@ def test_the_first_family_is_stable_diffusions(sd15):
     assert {part.dtype for part in (sd15.unet, sd15.vae, sd15.text_encoder)} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["digits-sd15", "digits-sd3"])
+def test_a_plain_load_is_of_one_format(name):
+    """So that `load_lora_weights` and a first image need no further word."""
+    from diffusers import DiffusionPipeline
+
+    parts = DiffusionPipeline.from_pretrained(folder(name)).components.values()
+    assert {part.dtype for part in parts if isinstance(part, torch.nn.Module)} == {torch.float32}
+
+
 def test_no_prompt_is_cut_off_and_words_are_tokens(sd15, sd3):
     for tokenizer in (sd15.tokenizer, sd3.tokenizer, sd3.tokenizer_2, sd3.tokenizer_3):
         assert max(len(ids) for ids in tokenizer(all_prompts()).input_ids) <= tokenizer.model_max_length

@@ -1,6 +1,7 @@
 """What is exported works in plain diffusers, in a process that has never heard of this package."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from toys import PromptedNet, SumReward, trainer
 from lightning_tilt.callbacks import Evaluation, ExponentialMovingAverage, ExportWeights, TiltReport, TrajectorySampler
 from lightning_tilt.chain import Chain
 from lightning_tilt.data import PromptDataModule
+from lightning_tilt.models import StableDiffusion
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.rewards import Ink
 from lightning_tilt.tasks import AdjointMatchingTask
@@ -130,7 +132,7 @@ def test_the_average_is_exported_and_the_card_has_the_figures(tmp_path: Path, lo
     for words in ("| reward | ", "reward `Ink`, lam 2, 1 updates", "4 steps of DDIM", "memoryless", "load_lora_weights",
                   "eta=1.0", "`````yaml\nlam: 2"):  # fmt: skip
         assert words in card, words
-    assert "DiffusionPipeline.from_pretrained(FOLDER)" in (tmp_path / "pipeline/README.md").read_text()
+    assert "DiffusionPipeline.from_pretrained(FOLDER, " in (tmp_path / "pipeline/README.md").read_text()
 
 
 def test_a_test_exports_the_checkpoint_that_it_judged(tmp_path: Path, load: Any) -> None:
@@ -167,6 +169,26 @@ def test_the_card_names_the_small_decoder_that_the_reward_saw(family: str, load:
         assert all(torch.equal(loaded[key], value) for key, value in decoder.state_dict().items())
     export(load(family), tmp_path / "own")
     assert "decoder" not in (tmp_path / "own/pipeline/README.md").read_text()
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_the_code_of_a_card_runs_where_the_base_is_of_several_formats(
+    tuning: str, sd15_folder: Path, tmp_path: Path
+) -> None:
+    """Word for word, in this process: nothing but FOLDER is filled in."""
+    from transformers import CLIPTextModel
+
+    base = Path(shutil.copytree(sd15_folder, tmp_path / "base"))
+    CLIPTextModel.from_pretrained(base / "text_encoder").half().save_pretrained(base / "text_encoder")
+    predictor = StableDiffusion(base, tuning=tuning)  # type: ignore[arg-type]
+    kick(predictor)
+    export(predictor, tmp_path)
+    for name in ("lora", "pipeline"):
+        code = (tmp_path / name / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        scope: dict[str, Any] = {"FOLDER": str(tmp_path / name)}
+        exec(code, scope)
+        assert scope["image"].size == (16, 16)
+        assert {part.dtype for part in (scope["pipeline"].unet, scope["pipeline"].text_encoder)} == {torch.float32}
 
 
 def test_mistakes_are_named() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lightning_tilt.models.parts import dtype_option
+
 __all__ = ["how_to_load", "tuned_pipeline"]
 
 
@@ -39,6 +41,8 @@ def how_to_load(
 ) -> str:
     """Python that loads an exported folder in plain diffusers and draws an image.
 
+    It names the dtype, that of the tuned network: parts on disk may be of several, and a pipeline computes in one.
+
     Args:
         pipeline: the pipeline that was tuned.
         denoiser: name of the component that was tuned.
@@ -50,18 +54,22 @@ def how_to_load(
     """
     kind, network = type(pipeline).__name__, type(pipeline.components[denoiser]).__name__
     base = str(pipeline.name_or_path)
+    dtype = f"{dtype_option()}={pipeline.components[denoiser].dtype}"
     if whole:
-        lines = ["from diffusers import DiffusionPipeline", "", "pipeline = DiffusionPipeline.from_pretrained(FOLDER)"]
+        lines = [
+            "from diffusers import DiffusionPipeline", "",
+            f"pipeline = DiffusionPipeline.from_pretrained(FOLDER, {dtype})",
+        ]  # fmt: skip
     elif adapted:
         lines = [
-            f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({base!r})",
+            f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({base!r}, {dtype})",
             "pipeline.load_lora_weights(FOLDER)",
         ]  # fmt: skip
     else:
         lines = [
             f"from diffusers import {kind}, {network}", "",
-            f"tuned = {network}.from_pretrained(FOLDER, subfolder={denoiser!r})",
-            f"pipeline = {kind}.from_pretrained({base!r}, {denoiser}=tuned)",
+            f"tuned = {network}.from_pretrained(FOLDER, subfolder={denoiser!r}, {dtype})",
+            f"pipeline = {kind}.from_pretrained({base!r}, {denoiser}=tuned, {dtype})",
         ]  # fmt: skip
     if tiny_vae:
         lines[0] += "\nfrom diffusers import AutoencoderTiny"
@@ -78,4 +86,4 @@ def how_to_load(
             ")",
         ]
         call += ", eta=1.0"
-    return "\n".join([*lines, f"image = pipeline({call}).images[0]"])
+    return "\n".join(["import torch", *lines, f"image = pipeline({call}).images[0]"])

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from lightning_tilt.interfaces.reports import first_line, without_reports
 
-__all__ = ["check_files", "load_network", "load_networks", "named_parts", "read_names", "told"]
+__all__ = ["check_files", "dtype_option", "load_network", "load_networks", "named_parts", "read_names", "told"]
 
 
 def read_names(owner: str, file: Path) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def load_network(
     if kind.__module__.startswith("transformers."):
         options |= {"dtype": dtype, "ignore_mismatched_sizes": True}  # told below, by name
     else:
-        options[_dtype_option()] = dtype
+        options[dtype_option()] = dtype
     with told(owner), without_reports():
         network, report = kind.from_pretrained(where, **options)
     lacking = {*report["missing_keys"], *(name for name, weight in network.state_dict().items() if weight.is_meta)}
@@ -205,7 +205,7 @@ def load_network(
     return network.eval()
 
 
-def _dtype_option() -> str:
+def dtype_option() -> str:
     """What diffusers calls the dtype of what it loads: renamed in 0.42, where the older name warns."""
     import diffusers
 

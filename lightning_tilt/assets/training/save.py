@@ -52,13 +52,17 @@ def forget_padding(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Save every part as float16 safetensors. The pipeline itself is left in float16."""
+    """Save every part as float16 safetensors, to be loaded as float32. The pipeline itself is left in float16."""
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             part.eval()
         elif isinstance(part, PreTrainedTokenizerBase):
             forget_padding(part)
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    # A plain `from_pretrained` makes float32 of all else, and of a text encoder what its configuration says.
+    for file in folder.glob("text_encoder*/config.json"):
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "dtype": "float32"}, indent=2, sort_keys=True) + "\n")
 
 
 def parameters(networks: Iterable[nn.Module]) -> int:
