@@ -62,14 +62,19 @@ def test_another_encoder_length_or_precision_is_another_embedding(load: Any, tmp
     assert len(list(folder.iterdir())) == 4
     for old, new in zip(seen, again, strict=True):
         assert torch.equal(old, new) and old.dtype == new.dtype
-    # The same layout with other weights is another encoder: one bit somewhere in the middle of its file.
-    told(StableDiffusion(save_sd15(tmp_path / "model"), embeddings=folder), ["b"])
-    weights = tmp_path / "model/text_encoder/model.safetensors"
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 1.0])
+def test_one_other_bit_is_another_encoder(share: float, tmp_path: Path) -> None:
+    """Wherever in the file of weights it is."""
+    folder, model = tmp_path / "cache", save_sd15(tmp_path / "model")
+    told(StableDiffusion(model, embeddings=folder), ["b"])
+    weights = model / "text_encoder/model.safetensors"
     raw = bytearray(weights.read_bytes())
-    raw[len(raw) // 2] ^= 1
+    raw[int(share * (len(raw) - 1))] ^= 1
     weights.write_bytes(bytes(raw))
-    told(StableDiffusion(tmp_path / "model", embeddings=folder), ["b"])
-    assert len(list(folder.iterdir())) == 6
+    told(StableDiffusion(model, embeddings=folder), ["b"])
+    assert len(list(folder.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "text"])
