@@ -75,7 +75,7 @@ def how_to_load(
         lines[0] += "\nfrom diffusers import AutoencoderTiny"
         lines += [
             "# The decoder of the fit; without this line the pipeline's own VAE makes slightly other images.",
-            f"pipeline.vae = AutoencoderTiny.from_pretrained({tiny_vae!r})",
+            f"pipeline.vae = AutoencoderTiny.from_pretrained({tiny_vae!r}, {dtype})",
         ]
     call = f'"a prompt", num_inference_steps={steps}, guidance_scale={guidance_scale:g}'
     if "beta_schedule" in pipeline.scheduler.config:

@@ -115,15 +115,12 @@ class LatentDiffusion(TextConditioned):
         if tuning == "full":
             dtypes[self.denoiser] = torch.float32
         left_out = (*without, *(self.text_encoders if without_encoders else ()))
-        files: dict[str, Any] = {"variant": variant, "revision": revision, "allow_pickle": allow_pickle}
-        self._load = partial(load_pipeline, path, self.pipeline_class, dtypes, **files)
+        self._load = partial(load_pipeline, path, self.pipeline_class, dtypes, variant, revision, allow_pickle)
         self._without, self._pipeline = tuple(without), self._load(without=left_out)
         parts = self._pipeline.components
         self.network = parts[self.denoiser].train()  # the pipeline comes in eval mode; this part is what a fit trains
         # The pipeline keeps its own VAE, for exports; it is not moved to the device then.
-        vae = parts["vae"]
-        if tiny_vae is not None:
-            vae = load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config, allow_pickle=allow_pickle)
+        vae = parts["vae"] if tiny_vae is None else load_tiny_vae(tiny_vae, dtypes["vae"], self.network.config)
         self.vae: Frozen[Any] = Frozen(vae)
         self._tiny_vae = "" if tiny_vae is None else str(tiny_vae)
         if vae_slicing:

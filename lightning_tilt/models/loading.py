@@ -44,11 +44,11 @@ def load_pipeline(
     path: str | Path,
     kind: str,
     dtypes: Mapping[str, torch.dtype],
-    *,
-    without: Sequence[str] = (),
     variant: str | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
+    *,
+    without: Sequence[str] = (),
 ) -> Any:
     """Load a diffusers pipeline.
 
@@ -56,10 +56,10 @@ def load_pipeline(
         path: folder that `save_pretrained` wrote, or name on the Hub.
         kind: name of the diffusers pipeline class that `path` must hold.
         dtypes: dtype of each component by its name, "default" for the others, whatever is on disk.
-        without: components to leave out.
         variant: of the weight files, e.g. "fp16".
         revision: of the Hub repository: branch, tag or commit.
         allow_pickle: read weights from a `.bin` where there is no `.safetensors`: tensors alone, code is never run.
+        without: components to leave out.
 
     Returns:
         The pipeline, its networks in eval mode.
@@ -93,16 +93,13 @@ def load_pipeline(
     return pipeline
 
 
-def load_tiny_vae(
-    path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, Any], *, allow_pickle: bool = False
-) -> Any:
+def load_tiny_vae(path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, Any]) -> Any:
     """Load a small autoencoder (`AutoencoderTiny`) whose decoder takes a denoiser's latents.
 
     Args:
         path: folder that `save_pretrained` wrote, or name on the Hub.
         dtype: of its weights.
         denoiser: configuration of the denoiser.
-        allow_pickle: as for the pipeline.
 
     Raises:
         FileNotFoundError: if there is none at `path`.
@@ -113,7 +110,7 @@ def load_tiny_vae(
     if (device := skeleton_device()) is not None:  # taesd and its sisters have the class's own configuration
         config = {"latent_channels": denoiser["in_channels"]}
         return build_part({"library": "diffusers", "cls": "AutoencoderTiny", "config": config}, dtype, device)
-    vae = load_network(f"tiny_vae {str(path)!r}", _locate(path), AutoencoderTiny, dtype, allow_pickle=allow_pickle)
+    vae = load_network(f"tiny_vae {str(path)!r}", _locate(path), AutoencoderTiny, dtype)
     if vae.config["latent_channels"] != denoiser["in_channels"]:
         raise ValueError(
             f"tiny_vae {str(path)!r} decodes latents of {vae.config['latent_channels']} channels, and the denoiser's "
