@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from published_layouts import random_weights
 from safetensors.torch import save_file
 from tiny_clip import save_clip
@@ -94,10 +95,11 @@ def test_a_file_from_the_hub_s_cache(hps: Path, monkeypatch: pytest.MonkeyPatch)
     """The safe format is asked for first; what the repository has is taken."""
     asked = []
 
-    def download(repository: str, name: str) -> str:
+    def download(repository: str, name: str, local_files_only: bool) -> str:
         asked.append((repository, name))
+        assert not local_files_only
         if name.endswith(".safetensors"):
-            raise FileNotFoundError(f"404: no {name}")
+            raise EntryNotFoundError(f"404: no {name}")
         return str(hps / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)

@@ -6,6 +6,7 @@
 transformers' (`from_pretrained`), but a weight that is missing is an error here, not a random number.
 """
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import ImageEmbedding
+from lightning_tilt.interfaces.reports import without_reports
 from lightning_tilt.interfaces.skeleton import skeleton_device
 from lightning_tilt.rewards.known_clips import CLIP_NAME, clip_skeleton, known_clip
 from lightning_tilt.rewards.network import NetworkReward
@@ -150,11 +152,20 @@ def load_clip(
             if file is None:
                 raise OSError(f"no {' or '.join(_WEIGHTS)} whose sha256 could be compared")
             check_sha256(owner, Path(file), sha256)
-        network, told = CLIPModel.from_pretrained(name, dtype=dtype, output_loading_info=True)
+        preprocess = ImagePreprocessing.from_config(config)
+        with without_reports():
+            network, told = CLIPModel.from_pretrained(
+                name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except OSError as error:
         gone = is_local(path) and not Path(name).is_dir()
         reason = "there is no such folder" if gone else first_line(error)
         raise FileNotFoundError(f"{owner} could not load a CLIP from {name!r}; {mend} ({reason})") from None
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{owner}: the weights of the CLIP in {name!r} are a pickle that is damaged or holds more than tensors; no "
+            "code of it was run; give a model.safetensors in its place"
+        ) from None
     except Exception as error:  # a damaged file fails in many ways, and ours say all in one line
         if str(error).startswith(f"{owner}:"):
             raise
@@ -162,13 +173,13 @@ def load_clip(
             f"{owner} could not read the CLIP in {name!r}; its files are truncated or another network's; fetch them "
             f"again ({first_line(error)})"
         ) from None
-    lacking = sorted(told["missing_keys"]) + sorted(str(k) for k in told["mismatched_keys"])
+    lacking = sorted({*told["missing_keys"], *(key[0] for key in told["mismatched_keys"])})
     if lacking:
         raise ValueError(
             f"{owner}: {name!r} is a checkpoint of another network: {len(lacking)} weights are missing or of another "
             f"shape, {lacking[0]} among them"
         )
-    return network, ImagePreprocessing.from_config(config)
+    return network, preprocess
 
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")

@@ -63,11 +63,11 @@ class HPSv2(CLIPTower):
             raise ValueError(f"HPSv2 has the versions {' and '.join(_FILES)}, not {self.version!r}")
         file = find_file("HPSv2", path or _REPOSITORY, _FILES[self.version])
         state = read_weights("HPSv2", file, sha256)
-        self.tokenizer = load_tokenizer("HPSv2", tokenizer)
         if "visual.conv1.weight" in state:
             state = open_clip_to_transformers(state)
         config = self.configuration()
         self.network = Frozen(with_weights("HPSv2", str(file), "CLIPModel", config, state, network_dtype(dtype)))
+        self.tokenizer = load_tokenizer("HPSv2", tokenizer)  # after the checkpoint is known to be the right one
         size = config.vision_config.image_size
         self.preprocess = ImagePreprocessing(size, None, CLIP_MEAN, CLIP_STD, antialias=antialias, fit="longest")
 

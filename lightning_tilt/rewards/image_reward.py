@@ -63,7 +63,6 @@ class ImageReward(NetworkReward):
     ) -> None:
         super().__init__(micro_batch=micro_batch, **kwargs)
         file = find_file("ImageReward", path, _FILE)
-        self.tokenizer = load_tokenizer("ImageReward", tokenizer)
         state = read_weights("ImageReward", file, sha256)
         vision, text = self.configurations()
         make: dict[str, Any] = {"owner": "ImageReward", "source": str(file), "dtype": network_dtype(dtype)}
@@ -77,6 +76,7 @@ class ImageReward(NetworkReward):
         rating = only_prefixed(state, "mlp.")
         head = linear_head("ImageReward", str(file), text.hidden_size, rating, network_dtype("float32"))
         self.head: Frozen[nn.Module] = Frozen(head)
+        self.tokenizer = load_tokenizer("ImageReward", tokenizer)  # after the checkpoint is known to be the right one
         size = vision.image_size
         self.preprocess = ImagePreprocessing(size, (size, size), CLIP_MEAN, CLIP_STD, antialias=antialias, odd="even")
 

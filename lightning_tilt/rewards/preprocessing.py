@@ -69,11 +69,20 @@ class ImagePreprocessing:
             antialias: filter before shrinking.
 
         Raises:
-            ValueError: if the file asks for a resampling other than bilinear or bicubic.
+            ValueError: if the file lacks a key, or asks for a resampling other than bilinear or bicubic.
         """
-        size = _edge_or_pair(config["size"]) if config.get("do_resize", True) else None
-        crop = _pair(config["crop_size"]) if config.get("do_center_crop", False) else None
-        normalise = config.get("do_normalize", True)
+        try:
+            size = _edge_or_pair(config["size"]) if config.get("do_resize", True) else None
+            crop = _pair(config["crop_size"]) if config.get("do_center_crop", False) else None
+            normalise = config.get("do_normalize", True)
+            mean, std = (
+                tuple(float(value) for value in config[key]) if normalise else (number,) * 3
+                for key, number in (("image_mean", 0.0), ("image_std", 1.0))
+            )
+        except KeyError as error:
+            raise ValueError(f"preprocessor_config.json has no {error}; restore it") from None
+        except (TypeError, ValueError, AttributeError):
+            raise ValueError("preprocessor_config.json holds no names with sizes and means; restore it") from None
         resample = config.get("resample", 3)
         if resample not in _RESAMPLE:
             raise ValueError(
@@ -82,8 +91,8 @@ class ImagePreprocessing:
         return cls(
             size=size,
             crop=crop,
-            mean=tuple(config["image_mean"]) if normalise else (0.0, 0.0, 0.0),
-            std=tuple(config["image_std"]) if normalise else (1.0, 1.0, 1.0),
+            mean=mean,
+            std=std,
             resample=_RESAMPLE[resample],
             antialias=antialias,
         )

@@ -9,6 +9,7 @@ Weights that do not fit are refused: each weight of the network has to be there,
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -67,13 +68,17 @@ def find_file(owner: str, path: str, name: str, *, as_named: bool = False) -> Pa
 
 def _fetch(owner: str, repository: str, names: list[str]) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    # The last error is the one about the file that is published.
+    # The last error is the one about the file that is published, or the first that kept us from the Hub.
+    reached, reason = True, ""
     for name in names:
-        try:
-            return Path(hf_hub_download(repository, name))
-        except (OSError, ValueError) as error:
-            reason = first_line(error)
+        try:  # each call tries for long: where the Hub is out of reach, the others look at what was fetched before
+            return Path(hf_hub_download(repository, name, local_files_only=not reached))
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            reason = first_line(error) if reached else reason
+            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+            reached = reached and absent
     raise FileNotFoundError(
         f"{owner} could not fetch {name} of {repository!r} from the Hub; check the name and the connection, or give "
         f"the path of a local file ({reason})"
@@ -141,15 +146,22 @@ def _read_safetensors(owner: str, file: Path) -> Any:
 
 
 def _read_pickle(owner: str, file: Path) -> Any:
+    with file.open("rb") as content:
+        start = content.read(20)
+    if start and start[:1] not in b"P\x80":  # an archive of torch's, or a pickle
+        text = start.decode(errors="replace").split("\n")[0]
+        raise ValueError(_unreadable(owner, file, ValueError(f"it begins with {text!r}")))
     try:
-        # Only files in torch's present format can be mapped.
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected pickle protocol")  # what it may not read is told below
+            # Only files in torch's present format can be mapped.
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         if "weights" not in str(error).lower():  # torch's own refusals name the weights-only unpickler
             raise ValueError(_unreadable(owner, file, error)) from None
         raise ValueError(
-            f"{owner}: {str(file)!r} is refused: a pickle with more than tensors in it could run any code; where you "
-            "trust it, save its state dict as .safetensors and give that"
+            f"{owner}: {str(file)!r} is refused: the pickle holds more than tensors, which could be any code, and none "
+            "of it was run; where you trust it, save its state dict as .safetensors and give that"
         ) from None
     except Exception as error:  # a damaged archive fails in many ways
         raise ValueError(_unreadable(owner, file, error)) from None
