@@ -27,6 +27,7 @@ from torch import Tensor
 from ..checkpoints import AtomicCheckpointIO
 from ..interfaces import Loss, Sampler
 from .buffer import ReplayBuffer, dealt
+from .home import carry_names_over, keep_last_newest
 from .leaving import Departure
 from .owed import epoch_over, rows_come_again, validate, validation_due
 from .place import check_place, finished_epochs, plateaus, watched_by
@@ -110,7 +111,9 @@ class Resumable(Sampler, Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep where the loops were: until a batch is done, Lightning's own counters are between two epochs."""
-        self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
+        if self._stage == "fit":
+            self._loops = deepcopy(checkpoint["loops"]["fit_loop"])
+            carry_names_over(trainer, checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a fresh rollout, or go on with what a checkpoint has just brought; listen to signals."""
@@ -130,6 +133,7 @@ class Resumable(Sampler, Callback):
                 config.scheduler.step(value)
                 epochs.scheduler_progress.increment_completed()
             rows_come_again(trainer)
+            keep_last_newest(trainer)
         self._due = self._resumed is not None and self._resumed["due"]
         self._remember(trainer, pl_module, None if self._resumed is None else self._loops)
         self._resumed = self._loops = None

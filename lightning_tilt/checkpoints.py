@@ -17,7 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-__all__ = ["AtomicCheckpointIO", "last_checkpoint", "read_checkpoint", "write_atomically"]
+__all__ = ["AtomicCheckpointIO", "last_checkpoint", "last_path", "read_checkpoint", "write_atomically"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -124,10 +124,15 @@ def last_checkpoint(trainer: Trainer) -> Path | None:
     # What a checkpoint says of paths is not written to, unless it is this run's own folder.
     if Path(callback.last_model_path or "/").resolve().parent != Path(callback.dirpath).resolve():
         # Remembered, so that the run that goes on overwrites this file instead of counting versions of it.
-        callback.last_model_path = os.path.join(
-            callback.dirpath, callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION
-        )
+        callback.last_model_path = last_path(callback) or os.path.join(callback.dirpath, "last.ckpt")
     return Path(callback.last_model_path)
+
+
+def last_path(callback: ModelCheckpoint) -> str | None:
+    """The path of a callback's last checkpoint; None: it has no folder yet, or the name is made of metrics."""
+    if callback.dirpath is None or "{" in callback.CHECKPOINT_NAME_LAST:
+        return None
+    return os.path.join(callback.dirpath, callback.CHECKPOINT_NAME_LAST + callback.FILE_EXTENSION)
 
 
 def _system_error(error: BaseException) -> OSError | None:

@@ -32,6 +32,7 @@ import lightning_tilt.rewards.energies
 import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
+from lightning_tilt.callbacks.home import goes_on_here
 from lightning_tilt.checkpoints import read_checkpoint
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
@@ -70,12 +71,12 @@ class SaveRun(SaveConfigCallback):
         """Nothing yet."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A new run in a used folder moves the earlier one's outputs aside; a resumed one goes on beside them."""
+        """A new run in a used folder moves the earlier one's outputs aside; one that goes on there adds to them."""
         folder = trainer.log_dir  # processes agree on it, so all of them ask
         if folder is None or self.already_saved:
             return
         if trainer.is_global_zero:
-            kept = keep_previous(trainer.default_root_dir) if trainer.ckpt_path is None else None
+            kept = None if goes_on_here(trainer) else keep_previous(trainer.default_root_dir)
             if kept is not None:
                 rank_zero_info(f"An earlier run was here; its outputs are now in {kept}")
             set_aside(Path(folder) / self.config_filename)

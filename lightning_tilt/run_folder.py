@@ -1,7 +1,8 @@
 """The run's folder (`trainer.default_root_dir`): everything of a run is in it, and nothing in it is ever overwritten.
 
-A new run in a used folder first moves what the earlier one left into `previous/001/`, `previous/002/`, ...; a resumed
-run goes on with it, and what it writes anew leaves the earlier one as `report.1.json`, `report.2.json`, ...
+A new run in a used folder first moves what the earlier one left into `previous/001/`, `previous/002/`, ...; one that
+goes on from a checkpoint of the folder adds to it, and what it writes anew leaves the earlier one as `report.1.json`,
+`report.2.json`, ...
 """
 
 import csv
