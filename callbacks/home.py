@@ -62,7 +62,7 @@ def _keepers(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
-def _carried(path: str, before: str, now: str) -> str:
+def _carried(path: str, before: str, now: str | Path) -> str:
     if not path or not Path(path).is_relative_to(before):
         return path
     inside = Path(path).relative_to(before)

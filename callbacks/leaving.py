@@ -128,7 +128,7 @@ class Departure:
         how = "nothing was saved, since this Trainer keeps no checkpoints"
         if path is not None:
             if not self._saved_already(trainer):
-                trainer.save_checkpoint(path)
+                trainer.save_checkpoint(path, weights_only=False)
             how = f"go on with the same command and --ckpt_path {path}"
         if trainer.is_global_zero:
             sys.stderr.write(f"lightning-tilt: stopped by {name} after update {step}; {how}\n")

@@ -89,6 +89,8 @@ class Resumable(Sampler, Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the streams, counters and buffer of a checkpoint."""
+        if missing := [k for k in self.state_dict() if k not in state_dict]:
+            raise ValueError(f"the checkpoint is damaged: the sampler's state in it has no {' and no '.join(missing)}")
         if self._given_seed not in (None, state_dict["seed"]):
             rank_zero_warn(f"sampler.seed {self._given_seed} is not the checkpoint's: the samples will differ")
         elif self._given_seed is None:
@@ -98,7 +100,7 @@ class Resumable(Sampler, Callback):
         if self._stage != "fit":  # what only looks at a model draws from no buffer
             self.evaluations.__dict__.update(state_dict["evaluations"])
             return
-        self.reward_figures = state_dict.get("reward_figures", {})
+        self.reward_figures = state_dict["reward_figures"]
         own = self._own_part(state_dict)
         self.evaluations.__dict__.update(own["evaluations"])
         self._buffer.load_state_dict(own["buffer"])
@@ -133,6 +135,7 @@ class Resumable(Sampler, Callback):
                 config.scheduler.step(value)
                 epochs.scheduler_progress.increment_completed()
             rows_come_again(trainer)
+        if trainer.ckpt_path is not None:
             keep_last_newest(trainer)
         self._due = self._resumed is not None and self._resumed["due"]
         self._remember(trainer, pl_module, None if self._resumed is None else self._loops)

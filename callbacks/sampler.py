@@ -57,7 +57,8 @@ class TrajectorySampler(Resumable):
         base_last_step: let the base make a step of std = 0, as path weights and adjoints ask for; False lets the
             tuned model make it (a different law, without weights).
         seed: key of all draws; None takes the one of `seed_everything`, or 0.
-        exact_resume: refuse to go on from a checkpoint where the loader does not know its place; False begins anew.
+        exact_resume: refuse to go on from a checkpoint where that cannot be exact: it lacks a state, prompts or batches
+                are others, the loader does not know its place; False warns and begins that anew.
     """
 
     def __init__(

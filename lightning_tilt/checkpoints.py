@@ -9,6 +9,8 @@ one line what is wrong with a file: cut short, another format, code inside.
 import errno
 import os
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 __all__ = ["AtomicCheckpointIO", "last_checkpoint", "last_path", "read_checkpoint", "write_atomically"]
 
+_CODE = re.compile(r"GLOBAL (\S+)")
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("state_dict", "callbacks", "loops", "hyper_parameters", "settings", "base", "loss"), dict),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers"), list),
+}
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -95,22 +102,27 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     file = Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}")
+    no = f"{path} cannot be read as a checkpoint, a file of plain data that a fit wrote"
+    if not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            page = opened.read(64).lstrip().lower().startswith((b"<!doctype", b"<html"))
+        raise ValueError(f"{no}: it is {'a web page' if page else 'cut short, or of another format'}")
     try:
         found = torch.load(file, weights_only=True, map_location=map_location, mmap=mmap or None)
     except pickle.UnpicklingError as error:
-        what = "holds more than plain data" if file.read_bytes()[:2] == b"PK" else "is of another format"
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint, a file of plain data that a fit wrote: it {what}, and no code of "
-            f"a file is run: {_first_line(error)}"
-        ) from error
+        code = _CODE.search(str(error))
+        what = f"code ({code[1]})" if code else "more than plain data"
+        raise ValueError(f"{no}: it holds {what}, and no code of a file is run") from error
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as a checkpoint, a file of plain data that a fit wrote: cut short, or of another "
-            f"format: {type(error).__name__}: {_first_line(error)}"
+            f"{no}: cut short, or of another format: {type(error).__name__}: {_first_line(error)}"
         ) from error
     missing = [k for k in ("state_dict", "pytorch-lightning_version") if not isinstance(found, dict) or k not in found]
     if missing:
         raise ValueError(f"{path} is no checkpoint of a fit: it has no {' and no '.join(missing)}")
+    for key, kind in _KINDS.items():
+        if not isinstance(found.get(key, kind()), kind):
+            raise ValueError(f"{path} is damaged: its {key} is a {type(found[key]).__name__}, not a {kind.__name__}")
     return dict(found)
 
 

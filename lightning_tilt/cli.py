@@ -15,7 +15,8 @@ from typing import Any, Literal, NoReturn
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 # Imported so that their short names resolve in YAML and on the command line.
 import lightning_tilt.callbacks
@@ -33,7 +34,7 @@ import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
 from lightning_tilt.callbacks.home import goes_on_here
-from lightning_tilt.checkpoints import read_checkpoint
+from lightning_tilt.cli_checkpoint import changed_settings, saved_settings, with_checkpoint_first
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, need_writable, set_aside
@@ -84,13 +85,16 @@ class SaveRun(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Plain class paths and arguments: `load_from_checkpoint` and `--ckpt_path` rebuild the model from them."""
-        model = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["model"]
-        checkpoint["hyper_parameters"] = {
-            "_class_path": model["class_path"],
-            "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            **model.get("init_args", {}),
-            **model.get("dict_kwargs", {}),
-        }
+        checkpoint |= self._settings()
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Say which settings a fit that goes on has changed."""
+        changed = changed_settings(checkpoint, self._settings())
+        if changed and trainer.state.fn == TrainerFn.FITTING:
+            rank_zero_warn(f"this run goes on with other settings than its checkpoint's: {'; '.join(changed)}")
+
+    def _settings(self) -> dict[str, Any]:
+        return saved_settings(yaml.safe_load(self.parser.dump(self.config, skip_none=False)))
 
 
 class TiltCLI(LightningCLI):
@@ -136,7 +140,7 @@ class TiltCLI(LightningCLI):
         """Let the model of a checkpoint come first, so that every YAML and every flag beats it."""
         given = list(sys.argv[1:] if args is None else args) if not isinstance(args, dict) else args
         if isinstance(given, list):
-            given = _with_checkpoint_first(_nulls_as_configs(given))
+            given = with_checkpoint_first(_nulls_as_configs(given))
         self.config = parser.parse_args(given) if isinstance(given, list) else parser.parse_object(given)
 
     def _parse_ckpt_path(self) -> None:
@@ -178,24 +182,6 @@ class TiltCLI(LightningCLI):
         return trainer
 
 
-def _with_checkpoint_first(args: list[str]) -> list[str]:
-    """Put the hyperparameters of `--ckpt_path` before all other configuration."""
-    path = next((a.split("=", 1)[1] for a in args if a.startswith("--ckpt_path=")), None)
-    if path is None and "--ckpt_path" in args[:-1]:
-        path = args[args.index("--ckpt_path") + 1]
-    if path is None or not args or not Path(path).is_file():
-        return args
-    hparams = read_checkpoint(path, mmap=True).get("hyper_parameters", {})
-    if "_class_path" not in hparams:
-        return args
-    init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
-    predictor = init_args.get("predictor")
-    if isinstance(predictor, dict):  # a folder that is written to is the user's to name, not a file's
-        predictor.get("init_args", {}).pop("embeddings", None)
-    model = {"model": {"class_path": hparams["_class_path"], "init_args": init_args}}
-    return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
-
-
 def _nulls_as_configs(args: list[str]) -> list[str]:
     """Say `--model.predictor.height null` as a YAML would: of a null two classes deep jsonargparse makes a text."""
     given, rest = list[str](), list(args)
@@ -229,6 +215,9 @@ def _quieter() -> None:
         "Checkpoint directory .* not empty",
     ):
         warnings.filterwarnings("ignore", message=told)
+    # of a checkpoint that is written, where reading one never runs code
+    connector = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
+    connector.addFilter(lambda record: "`weights_only` was not set" not in str(record.msg))
     # advertisements of the Trainer's
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     logger.addFilter(lambda record: "Tip: For seamless" not in str(record.msg))

@@ -150,7 +150,8 @@ def test_a_resumed_run_goes_on_and_keeps_what_was_there(run: Path, tmp_path: Pat
 
 def test_a_resumed_run_obeys_flags_and_moves_aside_as_one(run: Path) -> None:
     args = overlay(TOY, run, trainer={"max_steps": 3})
-    assert tilt("fit", *args, "--ckpt_path", run / "checkpoints/last.ckpt", "--model.lam", 50).status == 0
+    with pytest.warns(UserWarning, match=r"other settings than its checkpoint's: model\.lam: 1\.0 -> 50\.0$"):
+        assert tilt("fit", *args, "--ckpt_path", run / "checkpoints/last.ckpt", "--model.lam", 50).status == 0
     assert read_metrics(run / "metrics.csv")["train/lam"] == [1, 1, 50]
     assert json.loads((run / "report.json").read_text())["lam"] == 50
     assert tilt("fit", *overlay(TOY, run)).status == 0

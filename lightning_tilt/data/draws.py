@@ -3,12 +3,14 @@
 A batch is a tensor of sample indices (n,); its numbers are ids for the log, the sampler reads how many they are.
 """
 
+from typing import Any
+
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_tilt.data.loader import Loader
+from lightning_tilt.data.loader import Loader, batch_state, check_batch
 
 __all__ = ["DrawsDataModule"]
 
@@ -64,6 +66,18 @@ class DrawsDataModule(LightningDataModule):
         """`batches` batches of `samples` indices in every process."""
         world = 1 if self.trainer is None else self.trainer.world_size
         return self._loader(self.samples * self.batches * world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many samples all processes draw together."""
+        return batch_state(self, self.samples)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with training on larger or smaller batches than the checkpoint's.
+
+        Raises:
+            ValueError: naming the two sizes.
+        """
+        check_batch(self, state_dict, "data.samples", self.samples)
 
     def val_dataloader(self) -> Loader:
         """Indices of the validation's samples."""

@@ -1,12 +1,18 @@
-"""torchdata's stateful loader, which knows its place within an epoch, without its deprecation warning."""
+"""torchdata's stateful loader, which knows its place within an epoch, without its deprecation warning.
+
+A place is a number of batches, so a checkpoint says how large one of all processes together is.
+"""
 
 import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-untyped]
 
-__all__ = ["Loader"]
+from lightning_tilt.interfaces.complete import not_exact
+
+__all__ = ["Loader", "batch_state", "check_batch"]
 
 
 class Loader(StatefulDataLoader):  # type: ignore[misc]
@@ -41,3 +47,28 @@ class Loader(StatefulDataLoader):  # type: ignore[misc]
                 place["sampler_state"] = {**place["sampler_state"], "yielded": served}
             state_dict = {**state_dict, "_sampler_iter_state": place}
         super().load_state_dict(state_dict)
+
+
+def batch_state(data: LightningDataModule, size: int) -> dict[str, int]:
+    """What a checkpoint says of a training batch: the size of one of all processes together."""
+    return {"batch": size * (1 if data.trainer is None else data.trainer.world_size)}
+
+
+def check_batch(data: LightningDataModule, state: dict[str, Any], option: str, size: int) -> None:
+    """Refuse to go on with a fit whose batches have another size.
+
+    Args:
+        data: the module that a checkpoint is loaded into.
+        state: what the checkpoint says of it.
+        option: how the size is called.
+        size: that of one process.
+
+    Raises:
+        ValueError: naming both sizes, unless the sampler's `exact_resume` is false.
+    """
+    now = batch_state(data, size)["batch"]
+    before = state.get("batch", now)
+    if data.trainer is None or data.trainer.state.fn != "fit" or before == now:
+        return
+    reason = f"a batch of all processes together was {before}, and now it is {now}"
+    not_exact(data.trainer, reason, f"Give it {option} {before * size / now:g}")

@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler  # type: ignore[import-untyped]
 
 from lightning_tilt.condition import quoted
-from lightning_tilt.data.loader import Loader
+from lightning_tilt.data.loader import Loader, batch_state, check_batch
 from lightning_tilt.data.sources import PromptSource, read_prompts
-from lightning_tilt.interfaces import Sampler
+from lightning_tilt.interfaces.complete import not_exact
 
 __all__ = ["PromptDataModule", "PromptSource", "read_prompts"]
 
@@ -102,11 +101,12 @@ class PromptDataModule(LightningDataModule):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Which prompts are trained on, and in which order: a checksum of each."""
-        return {"prompts": _checksums(self.prompts), "shuffle": self.shuffle, "seed": self.seed}
+        """Which prompts are trained on, and in which order: a checksum of each; how many a batch."""
+        order = {"prompts": _checksums(self.prompts), "shuffle": self.shuffle, "seed": self.seed}
+        return order | batch_state(self, self.batch_size)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with training on other prompts, or in another order, than the checkpoint's.
+        """Refuse to go on with training on other prompts or batches, or in another order, than the checkpoint's.
 
         Raises:
             ValueError: naming what has changed.
@@ -123,13 +123,9 @@ class PromptDataModule(LightningDataModule):
         for name in ("shuffle", "seed"):
             if changed is None and state_dict[name] != self.__dict__[name]:
                 changed = f"data.{name} was {state_dict[name]!r}, and now it is {self.__dict__[name]!r}"
-        if changed is None:
-            return
-        message = f"this run cannot go on exactly: {changed}. Give it the prompts of the checkpoint"
-        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if all(c.exact_resume for c in callbacks if isinstance(c, Sampler)):
-            raise ValueError(message + "; sampler.exact_resume: false goes on with these all the same")
-        rank_zero_warn(message)
+        if changed is not None:
+            not_exact(self.trainer, changed, "Give it the prompts of the checkpoint")
+        check_batch(self, state_dict, "data.batch_size", self.batch_size)
 
     def val_dataloader(self) -> Loader:
         """Validation prompts, in their order."""

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_tilt.interfaces.complete import check_complete, check_finite, not_exact, same_optimizer
 from lightning_tilt.interfaces.identity import base_identity, same_base
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.shards import whole
@@ -50,6 +51,12 @@ class Checkpointed:
         super().setup(stage)  # type: ignore[misc]
         self.base_identity()
 
+    def on_fit_start(self) -> None:
+        """Optimisers are there, and what a checkpoint has of them is not loaded yet."""
+        super().on_fit_start()  # type: ignore[misc]
+        for optimizer in self._trainer.optimizers:  # type: ignore[attr-defined]
+            optimizer.register_load_state_dict_pre_hook(same_optimizer)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the base; the sampler may have written already what was carried at the last update."""
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
@@ -58,12 +65,14 @@ class Checkpointed:
         checkpoint["loss"] = _whole(checkpoint.get("loss", self.carried()))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse, before anything is loaded, a checkpoint of another base or model.
+        """Refuse, before anything is loaded, a checkpoint of another base or model, or one that lacks a part.
 
         Raises:
             ValueError: naming what differs.
         """
         super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        if self.fitting:
+            check_complete(self._trainer, checkpoint)  # type: ignore[attr-defined]
         self._check_base(checkpoint.get("base"))
         self._check_names(checkpoint["state_dict"])
         if self.fitting or checkpoint.get("loss"):
@@ -76,6 +85,9 @@ class Checkpointed:
         return trainer is not None and trainer.state.fn == TrainerFn.FITTING
 
     def _check_base(self, saved: Mapping[str, str] | None) -> None:
+        if saved is None and self.fitting and not self.allow_other_base:
+            mend = "Give it one that does, or say allow_other_base: true"
+            not_exact(self._trainer, "its checkpoint does not say which base it is of", mend)  # type: ignore[attr-defined]
         differ = [] if saved is None else same_base(saved, self.base_identity())
         if not differ:
             return
@@ -97,6 +109,7 @@ class Checkpointed:
         _compare(present, saved, True, "model", "give the predictor the settings that it was saved with")
         if self.strict_loading:
             _compare(present, saved, False, "loss or reward", "give the run those that it was saved with")
+        check_finite(saved, {name for name, p in self.named_parameters() if p.requires_grad})
 
 
 def _compare(present: Mapping[str, Any], saved: Mapping[str, Any], predictor: bool, what: str, mend: str) -> None:
