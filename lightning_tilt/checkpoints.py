@@ -123,6 +123,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", mmap: bool = Fa
     for key, kind in _KINDS.items():
         if not isinstance(found.get(key, kind()), kind):
             raise ValueError(f"{path} is damaged: its {key} is a {type(found[key]).__name__}, not a {kind.__name__}")
+    bad = [key for key, state in found.get("callbacks", {}).items() if not isinstance(state, dict)]
+    if bad:
+        raise ValueError(f"{path} is damaged: the state of {bad[0]} in it is no dict")
     return dict(found)
 
 

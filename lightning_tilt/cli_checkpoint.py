@@ -56,8 +56,9 @@ def with_checkpoint_first(args: list[str]) -> list[str]:
         return args
     init_args = {k: v for k, v in hparams.items() if not k.startswith("_")}
     predictor = init_args.get("predictor")
-    if isinstance(predictor, dict):  # a folder that is written to is the user's to name, not a file's
-        predictor.get("init_args", {}).pop("embeddings", None)
+    given = predictor.get("init_args") if isinstance(predictor, dict) else None
+    if isinstance(given, dict):  # a folder that is written to is the user's to name, not a file's
+        given.pop("embeddings", None)
     model = {"model": {"class_path": hparams["_class_path"], "init_args": init_args}}
     return [args[0], "--config", yaml.safe_dump(model), *args[1:]]
 

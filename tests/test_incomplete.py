@@ -90,7 +90,11 @@ def test_a_part_of_another_kind_is_damage(key: str, value: Any, first: Path, tmp
     assert result.status == 1 and len(result.errors) == 1 and "is damaged" in result.errors[0]
 
 
-def test_a_sampler_without_a_seed_is_damage(first: Path, tmp_path: Path) -> None:
+def test_states_without_their_content_are_damage(first: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is damaged: its loops do not say how far a fit was"):
+        go_on(spoilt(first, tmp_path, lambda c: c["loops"].update(fit_loop=[])))
+    with pytest.raises(ValueError, match="is damaged: the state of TrajectorySampler in it is no dict"):
+        read_checkpoint(spoilt(first, tmp_path, lambda c: c["callbacks"].update(TrajectorySampler=5)))
     with pytest.raises(ValueError, match="is damaged: the sampler's state in it has no seed"):
         go_on(spoilt(first, tmp_path, lambda c: c["callbacks"]["TrajectorySampler"].pop("seed")))
 

@@ -33,6 +33,9 @@ def check_complete(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
             f"a fit cannot go on from this checkpoint, which has no {' and no '.join(missing)}: give --ckpt_path one "
             "that holds more than weights (ModelCheckpoint's save_weights_only: false)"
         )
+    places = checkpoint["loops"].get("fit_loop")
+    if not isinstance(places, dict) or "epoch_loop.batch_progress" not in places:
+        raise ValueError("the checkpoint is damaged: its loops do not say how far a fit was; take an earlier one")
     states = checkpoint.get("callbacks", {})
     missing = [f"state of the {s.state_key}" for s in _samplers(trainer) if s.state_key not in states]  # type: ignore[attr-defined]
     missing += ["state of the loss"] if "loss" not in checkpoint else []
