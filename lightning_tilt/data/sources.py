@@ -36,6 +36,7 @@ _HUB = re.compile(
 )
 _MEND = "give a text file with one prompt a line"
 _LONGEST = 10_000  # characters of a prompt: encoders read a few hundred, and reports show every one
+_PATH = 1_000  # characters of a path that a message shows: what is longer is hardly one
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _FOREIGN = (
     ".arrow", ".bz2", ".feather", ".gz", ".htm", ".html", ".npy", ".npz", ".ods", ".parquet", ".pickle", ".pkl",
@@ -73,7 +74,7 @@ def read_prompts(source: PromptSource) -> list[str]:
         raise
     except (OSError, RuntimeError) as error:  # a prompt in place of a file, a home that nobody has
         reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"there is no prompt file {quoted(source)} ({reason[:80]}); {_MEND}") from None
+        raise FileNotFoundError(f"there is no prompt file {quoted(source, _PATH)} ({reason[:80]}); {_MEND}") from None
     reader = _READERS.get(file.suffix.lower(), _lines)
     prompts = [_checked(value, f"prompt file {path!r}, {where}") for where, value in reader(text, path, column)]
     if not prompts:
@@ -88,7 +89,7 @@ def _text(file: Path, source: str) -> str:
     if not file.is_file():
         plain = source.rpartition(":")[0]
         mend = f"only tables have columns: give {plain}" if plain and Path(plain).expanduser().is_file() else _MEND
-        raise FileNotFoundError(f"there is no prompt file {quoted(source)}; {mend}")
+        raise FileNotFoundError(f"there is no prompt file {quoted(source, _PATH)}; {mend}")
     if file.suffix.lower() in _FOREIGN:
         raise ValueError(f"prompt file {source!r}: no {file.suffix} is read, but .txt, .csv, .tsv, .json and .jsonl")
     try:
