@@ -1,4 +1,4 @@
-"""`lightning-tilt fit | validate | test | predict`: the wiring of LightningCLI, and nothing else.
+"""`lightning-tilt fit | validate | test | predict | configs | cite`: the wiring of LightningCLI, and nothing else.
 
 Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any LightningModule that carries a loss, ours
 or yours.
@@ -35,6 +35,7 @@ import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
 from lightning_tilt.callbacks.home import goes_on_here
 from lightning_tilt.cli_checkpoint import changed_settings, saved_settings, with_checkpoint_first
+from lightning_tilt.cli_configs import DESCRIPTION, without_a_run
 from lightning_tilt.cli_errors import one_line, users_mistake
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, need_writable, set_aside
@@ -112,7 +113,7 @@ class TiltCLI(LightningCLI):
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
             parser_class=TiltParser,
-            parser_kwargs={"description": "Tilt a diffusion or flow model with a reward."},
+            parser_kwargs={"description": DESCRIPTION},
             args=args,
             run=run,
         )
@@ -129,9 +130,10 @@ class TiltCLI(LightningCLI):
         )
         parser.add_argument(
             "--dry_run",
-            type=Literal["off", "memory", "prompts"],
+            type=Literal["off", "memory", "prompts", "citation"],
             default="off",
-            help="of a fit: print what it needs in memory and network evaluations, or encode its prompts, and end",
+            help="of a fit: print what it needs in memory and network evaluations, encode its prompts, or print what "
+            "to cite, and end",
         )
         parser.add_class_arguments(SMC, "smc", skip={"scale", "micro_batch"})
         parser.set_defaults({"trainer.default_root_dir": "runs/latest"})
@@ -156,9 +158,13 @@ class TiltCLI(LightningCLI):
             raise ValueError(f"--dry_run {wanted} is for fit")
         from lightning_tilt.cli_encode import encode_prompts
         from lightning_tilt.estimate import Settings, estimate, table
+        from lightning_tilt.references import citation
 
         config = self.config["fit"].as_dict()
-        print(table(estimate(Settings.from_config(config))) if wanted == "memory" else encode_prompts(config))
+        if wanted == "citation":
+            print(citation(config))
+        else:
+            print(table(estimate(Settings.from_config(config))) if wanted == "memory" else encode_prompts(config))
         raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -232,7 +238,9 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.path.insert(0, str(Path.cwd()))
     _quieter()
     try:
-        TiltCLI(None if args is None else list(args))
+        given = without_a_run(sys.argv[1:] if args is None else args)
+        if given is not None:
+            TiltCLI(given)
     except Exception as error:
         line = users_mistake(error)
         if line is None or os.environ.get("LIGHTNING_TILT_DEBUG", "0") != "0":

@@ -34,7 +34,7 @@ def canonical(name: str) -> str:
 def test_every_package_on_disk_is_listed() -> None:
     packages = {".".join(path.parent.parts) for path in files("lightning_tilt/*__init__.py", "callbacks/*__init__.py")}
     packages = {"lightning_tilt." + name if name.startswith("callbacks") else name for name in packages}
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == packages | {"lightning_tilt.configs"}  # no Python in it
 
 
 def test_every_module_is_in_a_package() -> None:
@@ -42,18 +42,20 @@ def test_every_module_is_in_a_package() -> None:
     assert [str(home) for home in homes if not (ROOT / home / "__init__.py").is_file()] == []
 
 
-def test_callbacks_link() -> None:
-    link = ROOT / "lightning_tilt" / "callbacks"
+@pytest.mark.parametrize("room", ["callbacks", "configs"])
+def test_links(room: str) -> None:
+    link = ROOT / "lightning_tilt" / room
     assert link.is_symlink()
-    assert link.readlink() == Path("../callbacks")
-    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"lightning_tilt.callbacks": "callbacks"}
+    assert link.readlink() == Path("..", room)
+    assert PROJECT["tool"]["setuptools"]["package-dir"][f"lightning_tilt.{room}"] == room
 
 
-def test_every_asset_is_package_data() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["lightning_tilt.assets"]
+@pytest.mark.parametrize(("package", "folder"), [("assets", "lightning_tilt/assets"), ("configs", "configs")])
+def test_every_file_is_package_data(package: str, folder: str) -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"][f"lightning_tilt.{package}"]
     suffixes = {Path(pattern).suffix for pattern in patterns}
-    assets = [path for path in files("lightning_tilt/assets") if path.suffix != ".py"]
-    assert {path.suffix for path in assets} <= suffixes
+    found = [path for path in files(folder) if path.suffix != ".py"]
+    assert {path.suffix for path in found} == suffixes
 
 
 def test_version_has_one_source() -> None:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from lightning_tilt.assets import locate
 from lightning_tilt.condition import quoted
 
 __all__ = ["PromptSource", "read_prompts"]
@@ -66,9 +67,9 @@ def read_prompts(source: PromptSource) -> list[str]:
     column, path = "prompt", str(source)
     table = _TABLE.fullmatch(path)
     try:
-        if table is not None and not Path(path).expanduser().exists():
+        if table is not None and not locate(path).exists():
             path, column = table["file"], column if table["column"] is None else table["column"]
-        file = Path(path).expanduser()
+        file = locate(path)
         text = _text(file, str(source))
     except FileNotFoundError:
         raise

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from lightning_tilt.assets import locate
 from lightning_tilt.interfaces.reports import first_line
 from lightning_tilt.interfaces.skeleton import skeleton_device
 from lightning_tilt.models.parts import check_files, load_network, load_networks, named_parts, read_names, told
@@ -121,7 +122,7 @@ def load_tiny_vae(path: str | Path, dtype: torch.dtype, denoiser: Mapping[str, A
 
 def _locate(path: str | Path) -> str:
     """The folder, with `~` replaced, or the Hub name as it is."""
-    folder = Path(path).expanduser()
+    folder = locate(path)
     return str(folder) if folder.exists() else str(path)
 
 

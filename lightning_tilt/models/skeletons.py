@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from lightning_tilt.assets import locate
+
 __all__ = [
     "KNOWN",
     "build_part",
@@ -43,7 +45,7 @@ def skeleton_configs(path: str | Path) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: for another name, or a folder without its configurations.
     """
-    folder, family = Path(path).expanduser(), _known_name(path)
+    folder, family = locate(path), _known_name(path)
     if family is not None and not folder.is_dir():
         found: dict[str, dict[str, Any]] = _known(family)["components"]
         return found

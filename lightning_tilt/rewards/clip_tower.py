@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.assets import locate
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import ImageEmbedding
 from lightning_tilt.interfaces.reports import without_reports
@@ -133,7 +134,7 @@ def load_clip(
     from transformers.image_processing_base import ImageProcessingMixin
     from transformers.utils import cached_file
 
-    name = str(Path(path).expanduser()) if is_local(path) else path
+    name = str(locate(path)) if is_local(path) else path
     device = skeleton_device()
     if device is not None and not is_local(path):
         known, preprocess = known_clip(owner, path)
@@ -199,7 +200,7 @@ def load_tokenizer(owner: str, path: str) -> Any:
 
     if skeleton_device() is not None and not is_local(path):
         return None
-    name = str(Path(path).expanduser()) if is_local(path) else path
+    name = str(locate(path)) if is_local(path) else path
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a folder without its files fails in many ways

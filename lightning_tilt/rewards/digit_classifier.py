@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_tilt.assets import folder
+from lightning_tilt.assets import folder, locate
 from lightning_tilt.condition import quoted
 from lightning_tilt.frozen import Frozen
 from lightning_tilt.interfaces import Prompts, Reward
@@ -115,7 +115,7 @@ class DigitAccuracy(DigitClassifier):
 def _load(path: str | None) -> nn.Module:
     from lightning_tilt.models.digit_cnn import DigitCNN
 
-    home = folder("digit-classifier") if path is None else Path(path).expanduser()
+    home = folder("digit-classifier") if path is None else locate(path)
     if not (home / "config.json").is_file():
         mend = mend_missing(path, "a folder that DigitCNN.save_pretrained wrote")
         raise FileNotFoundError(f"DigitClassifier found no network in {str(home)!r}; {mend}")

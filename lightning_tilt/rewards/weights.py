@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_tilt.assets import locate
 from lightning_tilt.interfaces.reports import first_line
 from lightning_tilt.interfaces.skeleton import skeleton_device
 
@@ -33,7 +34,7 @@ def is_local(path: str) -> bool:
         >>> is_local("xswu/HPSv2"), is_local("weights/HPS_v2.1_compressed.pt"), is_local("/models/clip")
         (False, True, True)
     """
-    here = Path(path).expanduser()
+    here = locate(path)
     return here.exists() or path.startswith(("/", ".", "~")) or here.suffix in _SUFFIXES or len(here.parts) > 2
 
 
@@ -49,7 +50,7 @@ def find_file(owner: str, path: str, name: str, *, as_named: bool = False) -> Pa
     Raises:
         FileNotFoundError: if it is not there, or the Hub cannot be reached.
     """
-    here = Path(path).expanduser()
+    here = locate(path)
     if not is_local(path):
         if skeleton_device() is not None:
             return here / name

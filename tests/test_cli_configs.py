@@ -1,0 +1,119 @@
+"""Packaged configurations: found from any folder, listed, and copied without touching what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+from command import CONFIGS, YAMLS, tilt
+from repository import ROOT, files
+
+from lightning_tilt.assets import locate
+from lightning_tilt.cli_configs import copy_config, list_configs, summary
+from lightning_tilt.data import read_prompts
+from lightning_tilt.models.skeletons import skeleton_configs
+
+DEMO = "configs/digits/sd15_adjoint_matching.yaml"
+NAMED = ["configs/digits/prompts.txt", "configs/digits/report_prompts.txt"]
+
+
+def test_all_are_listed_with_what_they_do() -> None:
+    run = tilt("configs")
+    scripts = [path for path in files("configs") if path.suffix == ".sh"]
+    assert run.status == 0
+    assert [line.split()[0] for line in run.out.splitlines()] == sorted(map(str, [*YAMLS, *scripts]))
+    assert f"{DEMO} " in run.out
+    for name in list_configs():
+        said = summary(name)
+        assert 20 < len(said) < 260, name
+        text = (ROOT / name).read_text().replace("\n#", "")
+        assert said in re.sub(" +", " ", text), name
+
+
+def test_names_lead_to_the_package_where_nothing_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert locate(NAMED[0]).read_bytes() == (ROOT / NAMED[0]).read_bytes()
+    assert len(read_prompts(NAMED[0])) == 30
+    assert "unet" in skeleton_configs("lightning_tilt/assets/digits-sd15")
+    for name in ("configs/digits/none.txt", "lightning_tilt/assets/none", "owner/name"):
+        assert locate(name) == Path(name)
+    with pytest.raises(FileNotFoundError, match=r"no prompt file 'configs/digits/none.txt'"):
+        read_prompts("configs/digits/none.txt")
+    own = tmp_path / NAMED[0]
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert read_prompts(NAMED[0]) == ["mine"]
+
+
+@pytest.mark.parametrize("how", [["--config", DEMO], [f"--config={DEMO}"], ["-c", DEMO]])
+def test_a_packaged_config_runs_from_an_empty_folder(how: list[str], tmp_path: Path) -> None:
+    here = tilt("fit", *how, "--model.lam", "2", "--print_config", cwd=tmp_path).config
+    assert here == tilt("fit", "--config", DEMO, "--model.lam", "2", "--print_config").config
+    assert here["model"]["init_args"]["predictor"]["init_args"]["path"] == "lightning_tilt/assets/digits-sd15"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_ones_own_comes_first(tmp_path: Path) -> None:
+    copy_config(DEMO, tmp_path)
+    file = tmp_path / DEMO
+    file.write_text(file.read_text().replace("lam: 50.0", "lam: 3.0"))
+    run = tilt("fit", "--config", DEMO, "--print_config", cwd=tmp_path)
+    assert run.config["model"]["init_args"]["lam"] == 3.0
+
+
+def test_a_misspelt_config_is_one_line(tmp_path: Path) -> None:
+    run = tilt("fit", "--config", "configs/digits/sd15_ajoint_matching.yaml", cwd=tmp_path)
+    assert run.status == 2
+    assert run.err.count("\n") == 1
+    assert f"did you mean {DEMO} or" in run.err
+    run = tilt("configs", "digits/sd15_lang", cwd=tmp_path)
+    assert (run.status, run.out) == (2, "")
+    assert "no packaged configuration is called 'digits/sd15_lang'; did you mean configs/digits/sd15_long.yaml" in run.err
+    assert "`lightning-tilt configs` lists them" in tilt("configs", "xyzzy", cwd=tmp_path).err
+    assert tilt("configs", "--forse", cwd=tmp_path).status == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [DEMO, "digits/sd15_adjoint_matching.yaml", "digits/sd15_adjoint_matching"])
+def test_a_copy_has_what_it_names(name: str, tmp_path: Path) -> None:
+    run = tilt("configs", name, cwd=tmp_path)
+    assert run.out.split() == [DEMO, *NAMED]
+    assert sorted(map(str, (p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()))) == sorted(
+        [DEMO, *NAMED]
+    )
+    for file in (DEMO, *NAMED):
+        assert (tmp_path / file).read_bytes() == (ROOT / file).read_bytes()
+
+
+def test_a_script_brings_all_that_it_runs(tmp_path: Path) -> None:
+    run = tilt("configs", "cluster/sd3_slurm.sh", "there", cwd=tmp_path)
+    copied = {str(p.relative_to(tmp_path / "there")) for p in (tmp_path / "there").rglob("*") if p.is_file()}
+    assert copied == {
+        "configs/cluster/sd3_slurm.sh", "configs/sd3/adjoint_matching.yaml", "configs/cluster/fsdp2_sd3.yaml",
+        "configs/cluster/slurm.yaml", "configs/prompts/train.txt", "configs/prompts/report.txt",
+    }  # fmt: skip
+    assert "cd there" in run.out
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_config_is_copied_with_all_files_that_it_names(config: Path, tmp_path: Path) -> None:
+    copies = copy_config(str(config), tmp_path)
+    for named in re.findall(r"configs/\S+", "\n".join(_code(copy) for copy in copies if copy.suffix != ".txt")):
+        assert tmp_path / named in copies
+
+
+def _code(file: Path) -> str:
+    return "\n".join(line for line in file.read_text().splitlines() if not line.startswith("#"))
+
+
+def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
+    assert tilt("configs", "digits/sd15_long", cwd=tmp_path).status == 0
+    prompts = tmp_path / NAMED[0]
+    prompts.write_text("mine")
+    run = tilt("configs", DEMO, cwd=tmp_path)
+    assert (run.status, run.out, run.err.count("\n")) == (2, "", 1)
+    assert f"error: {NAMED[0]} would be overwritten" in run.err
+    assert not (tmp_path / DEMO).exists()
+    assert prompts.read_text() == "mine"
+    assert tilt("configs", DEMO, "--force", cwd=tmp_path).status == 0
+    assert prompts.read_bytes() == (ROOT / NAMED[0]).read_bytes()
+    assert tilt("configs", "digits/sd15_full", cwd=tmp_path).status == 0  # equal files are no conflict
