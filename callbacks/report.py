@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..chain import Evaluations, slices
 from ..condition import quoted
-from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler
+from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler, sources_of
 from ..interfaces.not_finite import agree, judge_together
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
@@ -201,6 +201,7 @@ class TiltReport(Callback):
         report |= {
             "loss": _loss_name(host),
             "reward": type(host.reward).__name__,
+            "sources": sources_of(host.modules()),
             "chain": f"{chain.steps} steps of {chain.transition!r}",
             "evaluations": evaluations.as_dict(),
             "updates": trainer.global_step,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_tilt.process import Process as Process
     from lightning_tilt.process import RectifiedFlow as RectifiedFlow
     from lightning_tilt.process import VariancePreserving as VariancePreserving
+    from lightning_tilt.references import citation as citation
     from lightning_tilt.trajectory import Trajectory as Trajectory
     from lightning_tilt.transition import DDIM as DDIM
     from lightning_tilt.transition import Brownian as Brownian
@@ -54,6 +55,7 @@ _HOMES = {
     "TrajectorySampler": "lightning_tilt.callbacks",
     "Transition": "lightning_tilt.transition",
     "VariancePreserving": "lightning_tilt.process",
+    "citation": "lightning_tilt.references",
 }
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "Transition",
     "VariancePreserving",
     "__version__",
+    "citation",
 ]
 
 

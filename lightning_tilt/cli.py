@@ -156,15 +156,9 @@ class TiltCLI(LightningCLI):
             return
         if self.subcommand != "fit":
             raise ValueError(f"--dry_run {wanted} is for fit")
-        from lightning_tilt.cli_encode import encode_prompts
-        from lightning_tilt.estimate import Settings, estimate, table
-        from lightning_tilt.references import citation
+        from lightning_tilt.cli_encode import dry_run
 
-        config = self.config["fit"].as_dict()
-        if wanted == "citation":
-            print(citation(config))
-        else:
-            print(table(estimate(Settings.from_config(config))) if wanted == "memory" else encode_prompts(config))
+        print(dry_run(wanted, self.config["fit"].as_dict()))
         raise SystemExit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -1,6 +1,6 @@
-"""`lightning-tilt fit --config CONFIG --dry_run prompts`: encode the prompts of a run ahead of it.
+"""`lightning-tilt fit --config CONFIG --dry_run memory | prompts | citation`: what is done in place of a run.
 
-With all of them in the folder that the configuration names (`predictor.embeddings`), the run needs no text encoder:
+`prompts` encodes the prompts of a run ahead of it.  With all of them in the folder that the configuration names (`predictor.embeddings`), the run needs no text encoder:
 `--model.predictor.without_encoders true`.
 """
 
@@ -10,9 +10,25 @@ from typing import Any
 import torch
 
 from lightning_tilt.data import read_prompts
+from lightning_tilt.estimate import Settings, estimate, table
 from lightning_tilt.estimate.classes import class_of
+from lightning_tilt.references import citation
 
-__all__ = ["encode_prompts"]
+__all__ = ["dry_run", "encode_prompts"]
+
+
+def dry_run(wanted: str, config: Mapping[str, Any]) -> str:
+    """What a dry run says.
+
+    Args:
+        wanted: "memory": what the run needs; "prompts": encode them; "citation": what the run should cite.
+        config: of a fit, resolved, as plain dictionaries.
+    """
+    if wanted == "prompts":
+        return encode_prompts(config)
+    if wanted == "citation":
+        return citation(config)
+    return table(estimate(Settings.from_config(config)))
 
 
 def encode_prompts(config: Mapping[str, Any]) -> str:

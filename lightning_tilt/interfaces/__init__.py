@@ -4,6 +4,7 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 """
 
 from lightning_tilt.condition import Condition, Prompts
+from lightning_tilt.interfaces.cited import Cited, sources_of
 from lightning_tilt.interfaces.loss import Loss
 from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
@@ -13,6 +14,7 @@ from lightning_tilt.interfaces.schedule import LamSchedule
 
 __all__ = [
     "BadPolicy",
+    "Cited",
     "Condition",
     "Evaluator",
     "ExportablePredictor",
@@ -25,4 +27,5 @@ __all__ = [
     "Reward",
     "Sampler",
     "find_sampler",
+    "sources_of",
 ]

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_tilt.interfaces.checkpointed import Checkpointed
+from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.groups import update_size
 from lightning_tilt.interfaces.not_finite import UpdateGuard
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Loss"]
 
 
-class Loss(Checkpointed, ABC):
+class Loss(Checkpointed, Cited, ABC):
     """Base of all loss mixins: host checks, lam, the way to the sampler, bad samples.
 
     Traits (class constants that set-up and tests hold a loss to):
@@ -44,6 +45,7 @@ class Loss(Checkpointed, ABC):
         needs_noise: the loss needs a step with noise; without, the ODE serves too.
         needs_path: the loss reads the states between; without, the end points alone are kept.
         on_policy: replayed rollouts of an older model move the fixed point.
+        sources: what to cite for it.
         bias: what the fixed point is off by, and why; None for a consistent loss.
 
     Args:

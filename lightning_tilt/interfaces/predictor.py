@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_tilt.condition import Condition, Prompts
+from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.process import PredictionType, Process
 
 __all__ = ["ExportablePredictor", "KnownLaw", "Predictor"]
 
 
-class Predictor(nn.Module, ABC):
+class Predictor(nn.Module, Cited, ABC):
     """What predicts: a closed form, a small network, Stable Diffusion.
 
     A subclass sets the four attributes below, and says with `base()` what the untuned model is: the same network with
@@ -29,6 +30,7 @@ class Predictor(nn.Module, ABC):
         prediction_type: what `predict` returns: "epsilon", "v_prediction", "sample" (x1_hat) or "velocity".
         state_shape: shape of one state, without the batch, e.g. (4, 64, 64) or (2,).
         backward_cost: forwards that the backward of one training pair costs: 2 for a full network, 1 for adapters.
+        sources: what to cite for it.
         reward_cost: gradients of a reward that one prediction asks for, counted beside its forward.
     """
 

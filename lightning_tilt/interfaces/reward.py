@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_tilt.condition import Prompts
+from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.interfaces.predictor import Predictor
 
 __all__ = ["ImageEmbedding", "Reward"]
@@ -22,7 +23,7 @@ class ImageEmbedding(ABC):
         """Embeddings (B, D) of images in [0, 1] (B, 3, H, W)."""
 
 
-class Reward(Metric, ABC):
+class Reward(Metric, Cited, ABC):
     """A reward `r(x)`: a differentiable `score` of images, and a torchmetrics `Metric` that averages it.
 
     A subclass writes one method.  Networks that it needs are held in `lightning_tilt.frozen.Frozen`, so that they are
@@ -32,6 +33,7 @@ class Reward(Metric, ABC):
         is_differentiable: `score` has a gradient with respect to the images.
         higher_is_better: always true: a reward is maximised.
         needs_prompts: `score` reads the prompts.
+        sources: what to cite for it.
         learns: the reward itself changes during training (`learn`), so that rewards of one sample at two times differ.
         has_skeleton: inside `lightning_tilt.interfaces.skeleton.without_weights` it is built without reading weights or
             fetching anything, and all its networks are in `Frozen`: the estimate of memory counts it, and lists others.

@@ -69,6 +69,7 @@ class AdjointSampling(EndPointRegression):
         kwargs: passed on to the host.
     """
 
+    sources = ("havens2025adjoint",)
     needs_reward_gradient = True
     needs_memoryless = False
     on_policy = False

@@ -1,4 +1,4 @@
-"""Controlled Monte Carlo diffusions for tilting (2307.01050): two processes made each other's reversal.
+"""Controlled Monte Carlo diffusions for tilting (2307.01050; 2605.00229): two processes made each other's reversal.
 
 Along a path of marginals pi_t ~ p_t exp(r_t) the forward process P starts in the base's noise, its reversal Q in p*;
 both are moved by the same learned transport w (`lightning_tilt.transport`; the tilting form is derived there and in
@@ -79,6 +79,8 @@ class CMCD(TransportLoss):
         args: as `TransportLoss`, and passed on to the host.
         kwargs: as `TransportLoss`, and passed on to the host.
     """
+
+    sources = ("vargas2023transport", "domingoenrich2026unified")
 
     def __init__(
         self, *args: Any, lam: float | LamSchedule = 1.0, objective: CMCDObjective = "log_variance", **kwargs: Any

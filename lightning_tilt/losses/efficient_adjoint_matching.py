@@ -35,5 +35,7 @@ class EfficientAdjointMatching(NovelScoreMatching):
         kwargs: passed on to the host.
     """
 
+    sources = ("shin2026efficient",)
+
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, noisings: int = 8, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, noisings=noisings, **kwargs)

@@ -1,4 +1,4 @@
-"""Nonequilibrium transport sampling for tilting (2410.02711): a transport that leaves nothing for the weights to mend.
+"""Nonequilibrium transport sampling for tilting (2410.02711; 2605.00229): it leaves nothing for the weights to mend.
 
 Along a path of marginals pi_t ~ p_t exp(r_t), with log Z_t = log E_{p_t}[exp(r_t)], the transport w added to the base's
 velocity v moves pi_t exactly where the continuity equation holds at every state (`identities.marginals` has its A):
@@ -74,6 +74,7 @@ class NETS(TransportLoss):
         kwargs: as `TransportLoss`, and passed on to the host.
     """
 
+    sources = ("albergo2024nets", "neklyudov2022action", "domingoenrich2026unified")
     on_policy: ClassVar[bool] = False
 
     def __init__(

@@ -54,6 +54,8 @@ class Reinforce(PathControls):
     checkpointed. Noisier than the log-variance: only the group's mean is subtracted.
     """
 
+    sources = ("williams1992simple",)
+
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples of a surrogate whose gradient is the policy's; its value means nothing."""
         chain, weight = self.sampler.chain(self), trajectory.weight

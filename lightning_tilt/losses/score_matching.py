@@ -81,6 +81,7 @@ class ConditionalScoreMatching(EndPointRegression):
         kwargs: passed on to the host.
     """
 
+    sources = ("vincent2011connection",)
     needs_reward_gradient = False
     needs_memoryless = False
     on_policy = False
@@ -114,6 +115,8 @@ class TargetScoreMatching(EndScoreRegression):
         kwargs: passed on to the host.
     """
 
+    sources = ("debortoli2024target",)
+
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, t_min: float = 0.02, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, t_min=t_min, **kwargs)
 
@@ -139,6 +142,8 @@ class NovelScoreMatching(EndScoreRegression):
         kwargs: passed on to the host.
     """
 
+    sources = ("phillips2024particle",)
+
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, precision: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, **kwargs)
         if precision <= 0:
@@ -163,6 +168,8 @@ class MixedScoreMatching(NovelScoreMatching):
         args: passed on to the host.
         kwargs: passed on to the host.
     """
+
+    sources = ("vincent2011connection", "debortoli2024target")
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class EquivariantTilt(TiltOfBase):
         ValueError: if the states of the base are not those of at least two particles, or a size is not positive.
     """
 
+    sources = ("satorras2021en",)
     signed: Tensor
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Stable Diffusion's first family (SD 1.5 and its kin): a UNet, one CLIP text encoder, a variance-preserving process.
+"""Stable Diffusion's first family (2112.10752; SD 1.5 and its kin): a UNet, one CLIP text encoder, a VP process.
 
     X_t = alpha_t X_1 + sqrt(1 - alpha_t^2) eps,      UNet(x, n, c)  ->  eps_hat   or   alpha_t eps_hat - beta_t x1_hat
 
@@ -33,6 +33,7 @@ class StableDiffusion(LatentDiffusion):
             noise and the network predicts epsilon, which says nothing about the data there.
     """
 
+    sources = ("rombach2021high",)
     pipeline_class = "StableDiffusionPipeline"
     denoiser = "unet"
     attention_projections = ("to_q", "to_k", "to_v", "to_out.0")

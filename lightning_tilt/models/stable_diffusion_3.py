@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: a transformer, two CLIP text encoders and T5, a rectified flow.
+"""Stable Diffusion 3 and 3.5 (2403.03206): a transformer, two CLIP text encoders and T5, a rectified flow.
 
     X_t = t X_1 + (1 - t) eps,      velocity  X_1 - eps  =  - transformer(x, 1000 (1 - t), c)
 
@@ -32,6 +32,7 @@ class StableDiffusion3(LatentDiffusion):
         ValueError: if the scheduler is none of flow matching.
     """
 
+    sources = ("esser2024scaling",)
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser = "transformer"
     attention_projections = (

@@ -2,8 +2,9 @@
 
     r(x) = h(f(x)),      f the unit image embedding of CLIP ViT-L/14, h an affine map in five linear layers
 
-The LAION aesthetic predictor, version 2 (`sac+logos+ava1-l14-linearMSE.pth`); values are about 4 to 7.  Since f has
-length 1 and h is affine, its whole gradient is one direction in CLIP's space: it is soon hacked (arXiv 2305.13301).
+The LAION aesthetic predictor, version 2 (`sac+logos+ava1-l14-linearMSE.pth`; of the people of arXiv 2210.08402); values
+are about 4 to 7.  Since f has length 1 and h is affine, its whole gradient is one direction in CLIP's space: it is soon
+hacked (arXiv 2305.13301).
 """
 
 from dataclasses import replace
@@ -40,6 +41,8 @@ class AestheticScore(CLIPImages):
         FileNotFoundError: if a file is not there, or the Hub cannot be reached.
         ValueError: if a checkpoint is refused.
     """
+
+    sources = ("schuhmann2022laion",)
 
     def __init__(
         self,

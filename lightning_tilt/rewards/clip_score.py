@@ -39,6 +39,8 @@ class CLIPScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
+    sources = ("hessel2021clipscore",)
+
     def __init__(
         self,
         path: str | None = None,

@@ -45,6 +45,8 @@ class HPSv2(CLIPTower):
         ValueError: if `version` is unknown, or the checkpoint is refused.
     """
 
+    sources = ("wu2023human",)
+
     def __init__(
         self,
         version: Literal["2.1", "2.0"] | float = "2.1",

@@ -1,4 +1,4 @@
-"""HPSv2Package: the scorer of the `hpsv2` package itself, as a judge without a gradient.
+"""HPSv2Package: the scorer of the `hpsv2` package itself (arXiv 2306.09341), as a judge without a gradient.
 
     r(x, prompt) = hpsv2.img_score.score(x as an image of 256 levels, prompt)
 
@@ -37,6 +37,7 @@ class HPSv2Package(Reward):
         ValueError: if `version` is unknown, or the checksum is another.
     """
 
+    sources = ("wu2023human",)
     is_differentiable = False
     needs_prompts = True
 

@@ -47,6 +47,7 @@ class ImageReward(NetworkReward):
         ValueError: if the checkpoint is refused.
     """
 
+    sources = ("xu2023imagereward",)
     needs_prompts = True
     has_skeleton = True
 

@@ -35,6 +35,7 @@ class JPEGCompressibility(Reward):
         True
     """
 
+    sources = ("black2023training",)
     is_differentiable = False
     has_skeleton = True
 

@@ -1,4 +1,4 @@
-"""OpenCLIPScore: how well an image fits its prompt, by any network of open_clip, with a gradient.
+"""OpenCLIPScore: how well an image fits its prompt, by any network of open_clip, with a gradient (arXiv 2212.07143).
 
     r(x, prompt) = scale * cos(f(x), g(prompt))
 
@@ -44,6 +44,7 @@ class OpenCLIPScore(CLIPTower):
     """
 
     has_skeleton = False  # open_clip alone knows its networks' configurations, and is an extra
+    sources = ("cherti2022reproducible",)
 
     def __init__(
         self,

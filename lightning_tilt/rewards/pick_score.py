@@ -34,6 +34,8 @@ class PickScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
+    sources = ("kirstain2023pick",)
+
     def __init__(
         self,
         path: str = "yuvalkirstain/PickScore_v1",

@@ -39,6 +39,7 @@ class DoubleWell4(ParticleDensity):
         tensor([-8.3966])
     """
 
+    sources = ("kohler2020equivariant", "akhoundsadegh2024iterated")
     particles = (4, 2)
     reference_file = "double_well_4.safetensors"
 

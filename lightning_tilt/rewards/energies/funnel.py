@@ -32,6 +32,7 @@ class Funnel(Density):
         tensor([10.2880])
     """
 
+    sources = ("neal2003slice",)
     log_z = 0.0
     state_shape = (10,)
 

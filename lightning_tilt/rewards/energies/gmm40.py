@@ -46,6 +46,7 @@ class GMM40(Density):
         40
     """
 
+    sources = ("midgley2022flow",)
     log_z = 0.0
     state_shape = (2,)
     means: Tensor

@@ -36,6 +36,8 @@ def lennard_jones_energy(x: Tensor, core: float = 0.1) -> Tensor:
 class _LennardJones(ParticleDensity):
     """What the clusters share."""
 
+    sources = ("akhoundsadegh2024iterated",)
+
     def __init__(self, core: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if not 0 < core < 1:

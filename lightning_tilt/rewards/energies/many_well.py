@@ -46,6 +46,7 @@ class ManyWell32(Density):
         tensor([-3.5000])
     """
 
+    sources = ("midgley2022flow",)
     log_z = 164.69567531318
     state_shape = (32,)
 

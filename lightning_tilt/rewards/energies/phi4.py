@@ -60,6 +60,8 @@ class Phi4(Density):
         tensor([16.])
     """
 
+    sources = ("albergo2019flow", "albergo2021introduction")
+
     def __init__(self, side: int = 8, mass_squared: float = -4.0, coupling: float = 8.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if side < 1:

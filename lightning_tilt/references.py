@@ -1,0 +1,145 @@
+"""What to cite: `lightning_tilt.citation`, the papers behind a run's loss, reward and model, and this software.
+
+Each class says what it is from (`Cited.sources`), in keys of `references.bib`; here they are looked up.  An own loss or
+reward is found too, with whole entries in its `sources`.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from lightning_tilt.interfaces.cited import sources_of
+
+__all__ = ["citation", "entries"]
+
+_SOFTWARE = """@misc{{lightning_tilt,
+  author = {{{{The lightning\\_tilt developers}}}},
+  title = {{lightning\\_tilt: exponential tilting of diffusion and flow models in {{PyTorch}} {{Lightning}}}},
+  howpublished = {{Software, version {version}}}
+}}"""
+
+_ROOMS = ("tasks", "losses", "rewards", "rewards.energies", "models")
+"""Whose names stand without their paths in a configuration, outermost first."""
+
+
+def citation(run: nn.Module | Mapping[str, Any] | str | Path) -> str:
+    """What a run should cite, as BibTeX: this software, its loss, reward and model.
+
+    Args:
+        run: the module that is trained, a loss and host in one; or a configuration as a dictionary, with class paths in
+            full or short; or a run's folder, its `config.yaml` or its `report.json`.
+
+    Returns:
+        Entries, a blank line between them.  A class of a configuration that cannot be imported here is named in a
+        comment.
+
+    Raises:
+        FileNotFoundError: if a folder has neither of the two files, or there is nothing of the name.
+        ValueError: if a file is neither, or a class names a source that `references.bib` does not have.
+
+    Example:
+        >>> print(citation({"model": {"class_path": "TargetScoreMatchingTask"}}).partition("\\n\\n")[2])
+        @misc{debortoli2024target,
+          author = {De Bortoli, Valentin and Hutchinson, Michael and Wirnsberger, Peter and Doucet, Arnaud},
+          title = {Target Score Matching},
+          year = {2024},
+          eprint = {2402.08667},
+          archivePrefix = {arXiv}
+        }
+    """
+    from lightning_tilt import __version__
+
+    sources, missing = _sources(run)
+    comments = [f"% {path} cannot be imported here: add what it is from" for path in missing]
+    return "\n\n".join([_SOFTWARE.format(version=__version__), *map(_entry, sources), *comments])
+
+
+@cache
+def entries() -> dict[str, str]:
+    """The entries of `references.bib` by their keys.
+
+    Example:
+        >>> "Tilt Matching for Scalable" in entries()["potaptchik2025tilt"]
+        True
+    """
+    text = (Path(__file__).parent / "references.bib").read_text(encoding="utf-8")
+    found = [part.strip() for part in re.split(r"^(?=@)", text, flags=re.MULTILINE)[1:]]
+    return {part[part.index("{") + 1 : part.index(",")]: part for part in found}
+
+
+def _entry(source: str) -> str:
+    if source.startswith("@"):
+        return source.strip()
+    if source not in entries():
+        near = get_close_matches(source, entries(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "give the whole entry, @misc{...}"
+        raise ValueError(f"references.bib has no entry {source!r}; {hint}")
+    return entries()[source]
+
+
+def _sources(run: nn.Module | Mapping[str, Any] | str | Path) -> tuple[list[str], list[str]]:
+    """Sources, each once, and the paths of classes that cannot be imported."""
+    if isinstance(run, nn.Module):
+        return sources_of(run.modules()), []
+    sources, missing = list[str](), list[str]()
+    for content in [run] if isinstance(run, Mapping) else _read(Path(run).expanduser()):
+        if isinstance(content.get("sources"), list):  # a report
+            sources += content["sources"]
+            continue
+        found = list(_classes({key: value for key, value in content.items() if key != "data"}))
+        sources += sources_of(c for c in found if isinstance(c, type))
+        missing += [c for c in found if isinstance(c, str)]
+    return list(dict.fromkeys(sources)), list(dict.fromkeys(missing))
+
+
+def _read(path: Path) -> Iterator[Mapping[str, Any]]:
+    """A run's configuration and report, as far as they are there."""
+    files = [path / name for name in ("config.yaml", "report.json")] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise FileNotFoundError(f"{str(path)!r} is no folder of a run: it has neither a config.yaml nor a report.json")
+    for file in files:
+        try:
+            text = file.read_text(encoding="utf-8")
+            content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, Mapping) or not ("model" in content or "sources" in content):
+            raise ValueError(f"{str(file)!r} is neither a run's config.yaml nor its report.json")
+        yield content
+
+
+def _classes(config: Any, key: str = "") -> Iterator[type | str]:
+    """The classes that a configuration names, and, as text, those that cannot be imported."""
+    if isinstance(config, Mapping):
+        for name, value in config.items():
+            yield from _classes(value, name)
+    elif isinstance(config, list):
+        for value in config:
+            yield from _classes(value)
+    elif isinstance(config, str) and (found := _class(config, key == "class_path")) is not None:
+        yield found
+
+
+def _class(name: str, is_path: bool) -> type | str | None:
+    """The class called `name`; `name` itself if it is a path of one that cannot be imported; None if it is no name."""
+    module, _, short = name.rpartition(".")
+    try:
+        if module and (is_path or name.startswith("lightning_tilt.")):
+            found = getattr(import_module(module), short)
+        elif name.isidentifier():
+            rooms = (import_module(f"lightning_tilt.{room}") for room in _ROOMS)
+            found = next((getattr(room, name) for room in rooms if name in room.__all__), None)
+        else:
+            return None
+    except Exception:  # of a user's own module: whatever it raises
+        return name if is_path else None
+    return found if isinstance(found, type) else None

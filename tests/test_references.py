@@ -1,0 +1,173 @@
+"""What to cite: every class's sources agree with its documentation, and are found from a module, a config and a run."""
+
+import inspect
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+from command import CONFIGS, DIGITS, TOY, overlay, tilt
+from repository import ROOT
+
+import lightning_tilt
+import lightning_tilt.losses
+import lightning_tilt.models
+import lightning_tilt.rewards
+import lightning_tilt.rewards.energies
+from lightning_tilt import citation
+from lightning_tilt.interfaces import Cited, Loss, Predictor, Reward
+from lightning_tilt.references import entries
+from lightning_tilt.rewards import HPSv2, Ink, WeightedSum
+from lightning_tilt.tasks import AdjointMatchingTask
+
+ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
+# Rewards of our own making, and combinations, which are cited by their parts.
+OUR_OWN = {
+    "Clamped", "Constraint", "DigitAccuracy", "DigitClassifier", "FunctionDensity", "Ink", "LinearReward",
+    "QuadraticReward", "Smoothed", "WeightedSum",
+}  # fmt: skip
+# Papers that a page mentions without building on them.
+MENTIONED = {"lightning_tilt.rewards.aesthetic_score": {"2305.13301"}}
+
+
+def public(room: ModuleType, kind: type) -> list[type[Any]]:
+    found = (getattr(room, name) for name in room.__all__)
+    return [c for c in found if isinstance(c, type) and issubclass(c, kind) and c is not kind]
+
+
+LOSSES = public(lightning_tilt.losses, Loss)
+REWARDS = [c for room in (lightning_tilt.rewards, lightning_tilt.rewards.energies) for c in public(room, Reward)]
+MODELS = [c for c in public(lightning_tilt.models, Predictor) if c.sources]
+
+
+def documentation(module: str) -> str:
+    """All docstrings of a module and its classes."""
+    inside = [c for _, c in inspect.getmembers(sys.modules[module], inspect.isclass) if c.__module__ == module]
+    return " ".join(doc for doc in (sys.modules[module].__doc__, *(c.__doc__ for c in inside)) if doc)
+
+
+def fields(key: str) -> dict[str, str]:
+    """The fields of an entry, each in one line, as written."""
+    return {m[1]: " ".join(m[2].split()) for m in re.finditer(r"^  (\w+) = \{(.*?)\},?$", entries()[key], re.M | re.S)}
+
+
+def keys(text: str) -> list[str]:
+    return re.findall(r"^@\w+\{(\w+),", text, re.M)
+
+
+@pytest.mark.parametrize("cited", [*LOSSES, *REWARDS, *MODELS], ids=lambda c: c.__name__)
+def test_sources_and_documentation_agree(cited: type[Cited]) -> None:
+    assert bool(cited.sources) == (cited.__name__ not in OUR_OWN)
+    text = documentation(cited.__module__)
+    for key in cited.sources:
+        entry = fields(key)
+        if "eprint" in entry:
+            assert entry["eprint"] in text
+        else:
+            assert entry["author"].partition(",")[0] in text and entry["year"] in text
+
+
+@pytest.mark.parametrize("module", sorted({c.__module__ for c in [*LOSSES, *REWARDS]}))
+def test_every_paper_of_the_documentation_is_cited(module: str) -> None:
+    inside = [c for c in [*LOSSES, *REWARDS] if c.__module__ == module]
+    cited = {fields(key).get("eprint") for c in inside for key in c.sources}
+    assert set(ARXIV.findall(documentation(module))) - MENTIONED.get(module, set()) == cited - {None}
+
+
+def test_entries_are_whole() -> None:
+    text = (ROOT / "lightning_tilt/references.bib").read_text()
+    assert len(entries()) == text.count("\n@") == len({fields(key)["title"] for key in entries()})
+    named = {key for c in [*LOSSES, *REWARDS, *MODELS] for key in c.sources}
+    assert named == set(entries())  # none is missing, none is left over
+    for key, entry in entries().items():
+        assert entry.count("{") == entry.count("}") and entry.isascii()
+        found = fields(key)
+        assert {"author", "title", "year"} <= set(found), key
+        assert found["year"] == re.sub(r"\D", "", key)
+        if "eprint" in found:
+            assert ARXIV.fullmatch(found["eprint"]) and found["archivePrefix"] == "arXiv"
+            assert found["eprint"][:2] == found["year"][2:], key
+        else:
+            assert {"journal", "volume", "pages", "doi"} <= set(found), key
+
+
+def test_of_a_module() -> None:
+    reward = WeightedSum([Ink(), Ink()], [1.0, 2.0])
+    module = AdjointMatchingTask(predictor=lightning_tilt.models.the_mixture(), reward=reward)
+    text = citation(module)
+    assert keys(text) == ["lightning_tilt", "domingoenrich2024adjoint"]
+    assert f"version {lightning_tilt.__version__}" in text
+    assert entries()["domingoenrich2024adjoint"] in text
+
+
+def test_ones_own_entries_and_mistakes() -> None:
+    class Mine(Ink):
+        sources = ("@misc{mine2030,\n  title = {Mine}\n}", "neal2003slice")
+
+    class Wrong(Ink):
+        sources = ("wu2023humane",)
+
+    assert keys(citation(Mine())) == ["lightning_tilt", "mine2030", "neal2003slice"]
+    with pytest.raises(ValueError, match="no entry 'wu2023humane'; did you mean 'wu2023human'"):
+        citation(Wrong())
+
+
+def test_of_a_dictionary_short_or_resolved() -> None:
+    short = yaml.safe_load((ROOT / "configs/sd3/adjoint_matching.yaml").read_text())
+    wanted = ["lightning_tilt", "domingoenrich2024adjoint", "esser2024scaling", "wu2023human"]
+    assert keys(citation(short)) == wanted
+    full = tilt("fit", "--config", "configs/sd3/adjoint_matching.yaml", "--print_config").config
+    assert keys(citation(full)) == wanted
+    short["model"]["init_args"]["reward"] = "PickScore"
+    assert keys(citation(short))[3] == "kirstain2023pick"
+    short["model"]["init_args"]["reward"] = {"class_path": "not_here.Warmth"}
+    text = citation(short)
+    assert keys(text) == wanted[:3]
+    assert text.endswith("% not_here.Warmth cannot be imported here: add what it is from")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_of_every_config(config: Path) -> None:
+    content = yaml.safe_load((ROOT / config).read_text())
+    text = citation(content)
+    loss = getattr(lightning_tilt.losses, content["model"]["class_path"].rpartition(".")[2].removesuffix("Task"))
+    assert set(keys(text)) >= {"lightning_tilt", *loss.sources}
+    assert "%" not in text
+
+
+def test_on_the_command_line() -> None:
+    run = tilt("cite", "--config", DIGITS, "--model.reward", "HPSv2", "--model.reward.version", "2.1")
+    assert run.status == 0
+    wanted = ["lightning_tilt", "domingoenrich2024adjoint", "rombach2021high", "wu2023human", "hessel2021clipscore"]
+    assert keys(run.out) == wanted
+    assert tilt("cite", "--config", DIGITS, "--model.rewart", "HPSv2").status == 2
+
+
+def test_of_a_run(tmp_path: Path) -> None:
+    assert tilt("fit", *overlay(TOY, tmp_path / "run")).status == 0
+    wanted = ["lightning_tilt", "domingoenrich2024adjoint"]
+    assert keys(tilt("cite", tmp_path / "run").out) == wanted
+    report = tmp_path / "run/report.json"
+    assert json.loads(report.read_text())["sources"] == wanted[1:]
+    alone = shutil.copy(report, tmp_path / "report.json")
+    assert keys(citation(alone)) == keys(citation(tmp_path)) == wanted
+    for culprit, told in ((tmp_path / "none", "it has neither"), (tmp_path / "run/metrics.csv", "is neither")):
+        run = tilt("cite", culprit)
+        assert (run.status, run.err.count("\n")) == (2, 1)
+        assert told in run.err
+
+
+def test_the_software_is_cited_as_its_own_file_says() -> None:
+    told = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    text = citation({}).replace("\\", "").replace("{", "").replace("}", "")
+    assert told["title"] in text and told["authors"][0]["name"] in text
+
+
+def test_networks_are_cited_without_being_made() -> None:
+    assert HPSv2.sources == ("wu2023human",)
+    assert keys(citation({"model": {"reward": "HPSv2"}})) == ["lightning_tilt", "wu2023human"]
