@@ -1,6 +1,7 @@
 """`lightning-tilt fit --config CONFIG --dry_run memory | prompts | citation`: what is done in place of a run.
 
-`prompts` encodes the prompts of a run ahead of it.  With all of them in the folder that the configuration names (`predictor.embeddings`), the run needs no text encoder:
+`prompts` encodes the prompts of a run ahead of it.  With all of them in the folder that the configuration names
+(`predictor.embeddings`), the run needs no text encoder:
 `--model.predictor.without_encoders true`.
 """
 

@@ -46,7 +46,8 @@ def citation(run: nn.Module | Mapping[str, Any] | str | Path) -> str:
         ValueError: if a file is neither, or a class names a source that `references.bib` does not have.
 
     Example:
-        >>> print(citation({"model": {"class_path": "TargetScoreMatchingTask"}}).partition("\\n\\n")[2])
+        >>> text = citation({"model": {"class_path": "TargetScoreMatchingTask"}})
+        >>> print(text[text.index("@misc{debortoli") :])
         @misc{debortoli2024target,
           author = {De Bortoli, Valentin and Hutchinson, Michael and Wirnsberger, Peter and Doucet, Arnaud},
           title = {Target Score Matching},
@@ -94,7 +95,8 @@ def _sources(run: nn.Module | Mapping[str, Any] | str | Path) -> tuple[list[str]
         if isinstance(content.get("sources"), list):  # a report
             sources += content["sources"]
             continue
-        found = list(_classes({key: value for key, value in content.items() if key != "data"}))
+        used = {"model": content.get("model"), **content}  # first of all
+        found = list(_classes({key: value for key, value in used.items() if key != "data"}))
         sources += sources_of(c for c in found if isinstance(c, type))
         missing += [c for c in found if isinstance(c, str)]
     return list(dict.fromkeys(sources)), list(dict.fromkeys(missing))

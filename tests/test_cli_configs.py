@@ -67,7 +67,9 @@ def test_a_misspelt_config_is_one_line(tmp_path: Path) -> None:
     assert f"did you mean {DEMO} or" in run.err
     run = tilt("configs", "digits/sd15_lang", cwd=tmp_path)
     assert (run.status, run.out) == (2, "")
-    assert "no packaged configuration is called 'digits/sd15_lang'; did you mean configs/digits/sd15_long.yaml" in run.err
+    assert (
+        "no packaged configuration is called 'digits/sd15_lang'; did you mean configs/digits/sd15_long.yaml" in run.err
+    )
     assert "`lightning-tilt configs` lists them" in tilt("configs", "xyzzy", cwd=tmp_path).err
     assert tilt("configs", "--forse", cwd=tmp_path).status == 2
     assert list(tmp_path.iterdir()) == []

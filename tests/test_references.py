@@ -21,8 +21,9 @@ import lightning_tilt.rewards
 import lightning_tilt.rewards.energies
 from lightning_tilt import citation
 from lightning_tilt.interfaces import Cited, Loss, Predictor, Reward
+from lightning_tilt.models import EquivariantTilt, GaussianBase
 from lightning_tilt.references import entries
-from lightning_tilt.rewards import HPSv2, Ink, WeightedSum
+from lightning_tilt.rewards import HPSv2, Ink, JPEGCompressibility, WeightedSum
 from lightning_tilt.tasks import AdjointMatchingTask
 
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
@@ -97,10 +98,10 @@ def test_entries_are_whole() -> None:
 
 
 def test_of_a_module() -> None:
-    reward = WeightedSum([Ink(), Ink()], [1.0, 2.0])
-    module = AdjointMatchingTask(predictor=lightning_tilt.models.the_mixture(), reward=reward)
+    predictor = EquivariantTilt(GaussianBase([4, 2], mean_free=True), hidden=4, layers=1)
+    module = AdjointMatchingTask(predictor=predictor, reward=WeightedSum([Ink(), JPEGCompressibility()]))
     text = citation(module)
-    assert keys(text) == ["lightning_tilt", "domingoenrich2024adjoint"]
+    assert keys(text) == ["lightning_tilt", "domingoenrich2024adjoint", "satorras2021en", "black2023training"]
     assert f"version {lightning_tilt.__version__}" in text
     assert entries()["domingoenrich2024adjoint"] in text
 

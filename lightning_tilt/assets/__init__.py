@@ -35,8 +35,8 @@ def folder(name: str) -> Path:
 def locate(path: str | Path) -> Path:
     """Where a path leads: below the working directory, or, where nothing is there, to what comes with the package.
 
-    The package answers to the names that its files have in the repository, `configs/...` and `lightning_tilt/assets/...`:
-    configurations name prompts and models by them, and hold in any folder.
+    The package answers to the names that its files have in the repository, `configs/...` and
+    `lightning_tilt/assets/...`: configurations name prompts and models by them, and hold in any folder.
 
     Args:
         path: a path, or a name on the Hub, which stays as it is; `~` is the home.

@@ -77,7 +77,7 @@ class AdjointMatching(PairControls):
         kwargs: passed on to the host.
     """
 
-    sources = ("domingoenrich2024adjoint",)
+    sources: ClassVar[tuple[str, ...]] = ("domingoenrich2024adjoint",)
     needs_reward_gradient: ClassVar[bool] = True
     needs_memoryless: ClassVar[bool] = True
 

@@ -15,7 +15,7 @@ meet; `energy_clip` shortens grad E before the base's score joins it,
     lam grad r  ->  -clip(grad E(X_1)) - grad log p_base(X_1),       -grad E = lam grad r + grad log p_base
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -69,7 +69,7 @@ class AdjointSampling(EndPointRegression):
         kwargs: passed on to the host.
     """
 
-    sources = ("havens2025adjoint",)
+    sources: ClassVar[tuple[str, ...]] = ("havens2025adjoint",)
     needs_reward_gradient = True
     needs_memoryless = False
     on_policy = False

@@ -24,7 +24,7 @@ of the two; `kl` does the same with every step.
 """
 
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class CMCD(TransportLoss):
         kwargs: as `TransportLoss`, and passed on to the host.
     """
 
-    sources = ("vargas2023transport", "domingoenrich2026unified")
+    sources: ClassVar[tuple[str, ...]] = ("vargas2023transport", "domingoenrich2026unified")
 
     def __init__(
         self, *args: Any, lam: float | LamSchedule = 1.0, objective: CMCDObjective = "log_variance", **kwargs: Any

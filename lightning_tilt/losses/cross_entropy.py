@@ -55,7 +55,7 @@ class CrossEntropy(PathControls, PathWeighted):
         ValueError: for weights "none": the model's own cross-entropy has no gradient but noise.
     """
 
-    sources = ("nusken2020solving",)
+    sources: ClassVar[tuple[str, ...]] = ("nusken2020solving",)
     on_policy: ClassVar[bool] = False
 
     def __init__(

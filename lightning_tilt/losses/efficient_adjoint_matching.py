@@ -13,7 +13,7 @@ with grad log p_base(X_1) from the base's own prediction near the data.  One imp
 the defaults of a fine-tuning run.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_tilt.interfaces import LamSchedule
 from lightning_tilt.losses.score_matching import NovelScoreMatching
@@ -35,7 +35,7 @@ class EfficientAdjointMatching(NovelScoreMatching):
         kwargs: passed on to the host.
     """
 
-    sources = ("shin2026efficient",)
+    sources: ClassVar[tuple[str, ...]] = ("shin2026efficient",)
 
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, noisings: int = 8, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, noisings=noisings, **kwargs)

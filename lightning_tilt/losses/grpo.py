@@ -73,7 +73,7 @@ class GRPO(PathControls):
         ValueError: for an unknown penalty, or a clip outside (0, 1).
     """
 
-    sources = ("liu2025flowgrpo", "xue2025dancegrpo")
+    sources: ClassVar[tuple[str, ...]] = ("liu2025flowgrpo", "xue2025dancegrpo")
     bias: ClassVar[str | None] = (
         "penalty: published forgets the KL still to come and falls short of the tilt; divide_by_std tilts by lam/std; "
         "clipped ratios of replayed paths are those of a trust region. With penalty: exact and divide_by_std: false, "

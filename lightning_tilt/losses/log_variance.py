@@ -54,7 +54,7 @@ class LogVariance(PathControls):
     more if checkpointed.
     """
 
-    sources = ("nusken2020solving", "richter2020vargrad")
+    sources: ClassVar[tuple[str, ...]] = ("nusken2020solving", "richter2020vargrad")
 
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples; `kl` is the mean of sum_k |u_k|^2/2."""
@@ -84,7 +84,7 @@ class TrajectoryBalance(PathControls):
         ValueError: if `log_z_scale` is not positive; at the first rollout, for prompts.
     """
 
-    sources = ("malkin2022trajectory",)
+    sources: ClassVar[tuple[str, ...]] = ("malkin2022trajectory",)
     compares: ClassVar[bool] = False
 
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, log_z_scale: float = 10.0, **kwargs: Any) -> None:

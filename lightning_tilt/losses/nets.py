@@ -74,7 +74,7 @@ class NETS(TransportLoss):
         kwargs: as `TransportLoss`, and passed on to the host.
     """
 
-    sources = ("albergo2024nets", "neklyudov2022action", "domingoenrich2026unified")
+    sources: ClassVar[tuple[str, ...]] = ("albergo2024nets", "neklyudov2022action", "domingoenrich2026unified")
     on_policy: ClassVar[bool] = False
 
     def __init__(

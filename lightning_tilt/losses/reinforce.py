@@ -12,6 +12,8 @@ b_k is the mean of the group's *other* samples (leave one out), so that A_k stay
 To leave the sum over j > k out is the usual mistake: see `grpo`.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -54,7 +56,7 @@ class Reinforce(PathControls):
     checkpointed. Noisier than the log-variance: only the group's mean is subtracted.
     """
 
-    sources = ("williams1992simple",)
+    sources: ClassVar[tuple[str, ...]] = ("williams1992simple",)
 
     def loss(self, trajectory: Trajectory) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over good samples of a surrogate whose gradient is the policy's; its value means nothing."""

@@ -80,7 +80,7 @@ def exact_reinforce_factor(gain: Tensor, clip: float | None = None) -> Tensor:
 class _Reinforced(EndPointRegression):
     """What both share: a baseline, a factor f a sample, and targets that start at the base's x1_hat."""
 
-    sources = ("bergmeister2026reinforce",)
+    sources: ClassVar[tuple[str, ...]] = ("bergmeister2026reinforce",)
     needs_reward_gradient: ClassVar[bool] = False
     needs_memoryless: ClassVar[bool] = False
 

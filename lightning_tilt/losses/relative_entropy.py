@@ -68,7 +68,7 @@ class RelativeEntropy(Loss):
         ValueError: for `last_steps` below 1.
     """
 
-    sources = ("clark2023directly", "xu2023imagereward")
+    sources: ClassVar[tuple[str, ...]] = ("clark2023directly", "xu2023imagereward")
     needs_reward_gradient: ClassVar[bool] = True
     needs_memoryless: ClassVar[bool] = True
     bias: ClassVar[str | None] = (

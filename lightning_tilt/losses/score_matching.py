@@ -27,7 +27,7 @@ weights of modes that lie apart move very slowly; CSM's target is then the model
 fixed point.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class ConditionalScoreMatching(EndPointRegression):
         kwargs: passed on to the host.
     """
 
-    sources = ("vincent2011connection",)
+    sources: ClassVar[tuple[str, ...]] = ("vincent2011connection",)
     needs_reward_gradient = False
     needs_memoryless = False
     on_policy = False
@@ -115,7 +115,7 @@ class TargetScoreMatching(EndScoreRegression):
         kwargs: passed on to the host.
     """
 
-    sources = ("debortoli2024target",)
+    sources: ClassVar[tuple[str, ...]] = ("debortoli2024target",)
 
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, t_min: float = 0.02, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, t_min=t_min, **kwargs)
@@ -142,7 +142,7 @@ class NovelScoreMatching(EndScoreRegression):
         kwargs: passed on to the host.
     """
 
-    sources = ("phillips2024particle",)
+    sources: ClassVar[tuple[str, ...]] = ("phillips2024particle",)
 
     def __init__(self, *args: Any, lam: float | LamSchedule = 1.0, precision: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, lam=lam, **kwargs)
@@ -169,7 +169,7 @@ class MixedScoreMatching(NovelScoreMatching):
         kwargs: passed on to the host.
     """
 
-    sources = ("vincent2011connection", "debortoli2024target")
+    sources: ClassVar[tuple[str, ...]] = ("vincent2011connection", "debortoli2024target")
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class TiltMatching(EndPointRegression):
             path weights, a buffer of several rollouts or `min_steps`.
     """
 
-    sources = ("potaptchik2025tilt",)
+    sources: ClassVar[tuple[str, ...]] = ("potaptchik2025tilt",)
     on_policy: ClassVar[bool] = False  # a level is its rollout's
     needs_reward_gradient: ClassVar[bool] = False
     needs_memoryless: ClassVar[bool] = False

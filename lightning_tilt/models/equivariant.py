@@ -14,6 +14,8 @@ function of the distances is a sum of pushes `e_ij` times something symmetric, a
 `e/(d + 1)` is shorter than 1 and tanh is bounded: a head that multiplies positions explodes in the first, long steps.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -44,7 +46,7 @@ class EquivariantTilt(TiltOfBase):
         ValueError: if the states of the base are not those of at least two particles, or a size is not positive.
     """
 
-    sources = ("satorras2021en",)
+    sources: ClassVar[tuple[str, ...]] = ("satorras2021en",)
     signed: Tensor
 
     def __init__(

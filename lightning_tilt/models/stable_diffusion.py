@@ -7,7 +7,7 @@ scheduler's configuration.
 """
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class StableDiffusion(LatentDiffusion):
             noise and the network predicts epsilon, which says nothing about the data there.
     """
 
-    sources = ("rombach2021high",)
+    sources: ClassVar[tuple[str, ...]] = ("rombach2021high",)
     pipeline_class = "StableDiffusionPipeline"
     denoiser = "unet"
     attention_projections = ("to_q", "to_k", "to_v", "to_out.0")

@@ -6,7 +6,7 @@ diffusers' flow models count from data to noise, so their output is the negative
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class StableDiffusion3(LatentDiffusion):
         ValueError: if the scheduler is none of flow matching.
     """
 
-    sources = ("esser2024scaling",)
+    sources: ClassVar[tuple[str, ...]] = ("esser2024scaling",)
     pipeline_class = "StableDiffusion3Pipeline"
     denoiser = "transformer"
     attention_projections = (

@@ -8,7 +8,7 @@ hacked (arXiv 2305.13301).
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -42,7 +42,7 @@ class AestheticScore(CLIPImages):
         ValueError: if a checkpoint is refused.
     """
 
-    sources = ("schuhmann2022laion",)
+    sources: ClassVar[tuple[str, ...]] = ("schuhmann2022laion",)
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ max, whose gradient vanishes just where it is needed.  A multiplier `lam` only h
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,7 +39,7 @@ class CLIPScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
-    sources = ("hessel2021clipscore",)
+    sources: ClassVar[tuple[str, ...]] = ("hessel2021clipscore",)
 
     def __init__(
         self,

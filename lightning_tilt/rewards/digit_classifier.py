@@ -6,7 +6,6 @@ The classifier was trained apart from the models it judges, on real digits; its 
 """
 
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn

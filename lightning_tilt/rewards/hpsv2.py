@@ -9,7 +9,7 @@ Images: the longest side to 224, bicubic; zeros around it up to a square; CLIP's
 Prompts: CLIP's tokens, cut at 77 with the end token kept.  The network's trained logit scale is loaded and not used.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class HPSv2(CLIPTower):
         ValueError: if `version` is unknown, or the checkpoint is refused.
     """
 
-    sources = ("wu2023human",)
+    sources: ClassVar[tuple[str, ...]] = ("wu2023human",)
 
     def __init__(
         self,

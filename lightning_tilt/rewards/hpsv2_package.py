@@ -7,7 +7,7 @@ rounding to 256 levels.  The package reads its network's weights from disk at ea
 different prompt of a batch.  It needs the extra `hpsv2`, which brings torchvision along.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class HPSv2Package(Reward):
         ValueError: if `version` is unknown, or the checksum is another.
     """
 
-    sources = ("wu2023human",)
+    sources: ClassVar[tuple[str, ...]] = ("wu2023human",)
     is_differentiable = False
     needs_prompts = True
 

@@ -10,7 +10,7 @@ Images: the shorter side to 224, bicubic; the centre crop; CLIP's mean and stand
 Prompts: BERT's tokens (uncased), padded and cut at 35; longer texts read otherwise give other numbers.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ImageReward(NetworkReward):
         ValueError: if the checkpoint is refused.
     """
 
-    sources = ("xu2023imagereward",)
+    sources: ClassVar[tuple[str, ...]] = ("xu2023imagereward",)
     needs_prompts = True
     has_skeleton = True
 

@@ -8,6 +8,7 @@ digits of 32 x 32 about -1 kB, most of which is the file's header.
 """
 
 from io import BytesIO
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ class JPEGCompressibility(Reward):
         True
     """
 
-    sources = ("black2023training",)
+    sources: ClassVar[tuple[str, ...]] = ("black2023training",)
     is_differentiable = False
     has_skeleton = True
 

@@ -9,7 +9,7 @@ plain cosine: about .3 for good images, about .1 under SigLIP; a multiplier `lam
 It needs the extra `openclip`, which brings torchvision along.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ class OpenCLIPScore(CLIPTower):
     """
 
     has_skeleton = False  # open_clip alone knows its networks' configurations, and is an extra
-    sources = ("cherti2022reproducible",)
+    sources: ClassVar[tuple[str, ...]] = ("cherti2022reproducible",)
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ multiplier `lam` therefore counts in units of log odds.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ class PickScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
-    sources = ("kirstain2023pick",)
+    sources: ClassVar[tuple[str, ...]] = ("kirstain2023pick",)
 
     def __init__(
         self,

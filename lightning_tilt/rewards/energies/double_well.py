@@ -6,6 +6,8 @@ Each pair counts once.  A pair is happiest at d0 +- sqrt(-b / 2 a) = 4 +- 1.4907
 that at d0.  Six pairs of four points in the plane cannot all be happy: hence several shapes.
 """
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from lightning_tilt.rewards.energies.particles import ParticleDensity, pair_distances
@@ -39,7 +41,7 @@ class DoubleWell4(ParticleDensity):
         tensor([-8.3966])
     """
 
-    sources = ("kohler2020equivariant", "akhoundsadegh2024iterated")
+    sources: ClassVar[tuple[str, ...]] = ("kohler2020equivariant", "akhoundsadegh2024iterated")
     particles = (4, 2)
     reference_file = "double_well_4.safetensors"
 

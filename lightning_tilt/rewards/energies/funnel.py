@@ -12,6 +12,7 @@ Source: Neal, Slice sampling, Annals of Statistics 31 (2003), section 8, in ten 
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class Funnel(Density):
         tensor([10.2880])
     """
 
-    sources = ("neal2003slice",)
+    sources: ClassVar[tuple[str, ...]] = ("neal2003slice",)
     log_z = 0.0
     state_shape = (10,)
 

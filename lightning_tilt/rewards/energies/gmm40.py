@@ -8,7 +8,7 @@ deviation is softplus(1), the weights are equal.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class GMM40(Density):
         40
     """
 
-    sources = ("midgley2022flow",)
+    sources: ClassVar[tuple[str, ...]] = ("midgley2022flow",)
     log_z = 0.0
     state_shape = (2,)
     means: Tensor

@@ -15,7 +15,7 @@ same, number for number: below it exp(-E) is less than exp(-10^12), which is 0 i
 and their squares, stay finite in float32.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def lennard_jones_energy(x: Tensor, core: float = 0.1) -> Tensor:
 class _LennardJones(ParticleDensity):
     """What the clusters share."""
 
-    sources = ("akhoundsadegh2024iterated",)
+    sources: ClassVar[tuple[str, ...]] = ("akhoundsadegh2024iterated",)
 
     def __init__(self, core: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -14,6 +14,8 @@ and log Z = 16 log(11784.50927 sqrt(2 pi)) = 164.695675.  FAB (Midgley et al., a
 (Science 365, 2019); the numbers by quadrature.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ class ManyWell32(Density):
         tensor([-3.5000])
     """
 
-    sources = ("midgley2022flow",)
+    sources: ClassVar[tuple[str, ...]] = ("midgley2022flow",)
     log_z = 164.69567531318
     state_shape = (32,)
 

@@ -13,7 +13,7 @@ For g = 0 the modes of the lattice are independent Gaussians, and
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Phi4(Density):
         tensor([16.])
     """
 
-    sources = ("albergo2019flow", "albergo2021introduction")
+    sources: ClassVar[tuple[str, ...]] = ("albergo2019flow", "albergo2021introduction")
 
     def __init__(self, side: int = 8, mass_squared: float = -4.0, coupling: float = 8.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
