@@ -92,6 +92,18 @@ print(*({"diffusers", "peft", "matplotlib"} & (set(sys.modules) - before)))
     assert rooms.split() == []
 
 
+def test_configurations_are_listed_without_a_library() -> None:
+    program = """
+import sys
+sys.argv[1:] = ["configs"]
+from lightning_tilt.__main__ import main
+main()
+assert not {"torch", "lightning", "yaml"} & set(sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "configs/toy/grpo.yaml" in run.stdout
+
+
 def test_lazy_names() -> None:
     assert set(lightning_tilt._HOMES) == set(lightning_tilt.__all__) - {"__version__"}
     assert dir(lightning_tilt) == sorted(lightning_tilt.__all__)

@@ -86,6 +86,11 @@ def test_commands_parse(
 ) -> None:  # fmt: skip
     names = save_files(page, tmp_path, monkeypatch)
     arguments = shlex.split(command)[1:]
+    if arguments[0] == "configs":
+        monkeypatch.chdir(tmp_path)
+        main(arguments)
+        assert "configs/" in capsys.readouterr().out
+        return
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--print_config"])
     assert stop.value.code in (None, 0)
