@@ -62,7 +62,7 @@ def summary(name: str) -> str:
         'SD 1.5 at 512 x 512, adapters.'
     """
     lines = [line for line in _read(name).splitlines() if not line.startswith("#!")]
-    comment = " ".join(line.lstrip("# ") for line in takewhile(lambda line: line.startswith("# "), lines))
+    comment = " ".join(" ".join(takewhile(lambda line: line.startswith("# "), lines)).replace("#", "").split())
     return re.split(r"(?<=[a-z\d)][.:]) +(?=[A-Z]|$)", comment, maxsplit=1)[0]
 
 

@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "module": {"models", "rewards", "metrics", "run", *SHARED},
     "run": SHARED,
     "estimate": {"models", "rewards", "losses", "data", "assets", "run", *SHARED},
-    "references": SHARED,
+    "references": {"__init__", *SHARED},  # the version
     "tasks": {"losses", "module"},
 }
 # What ties everything together: the command line, and the package's own lazy names.

@@ -96,8 +96,9 @@ def test_the_sdist_builds_the_same_wheel(built: Built, tmp_path: Path) -> None:
 
 
 def test_commands_from_an_empty_folder(built: Built, tmp_path: Path) -> None:
-    program = "import importlib.util as u, lightning_tilt as t; print(t.__file__, u.find_spec('lightning_tilt.callbacks').origin)"
-    for file in run(built.python, "-c", program, cwd=tmp_path).split():
+    program = "from importlib.util import find_spec; print(*(find_spec(n).origin for n in {}))"
+    rooms = ["lightning_tilt", "lightning_tilt.callbacks", "lightning_tilt.losses"]
+    for file in run(built.python, "-c", program.format(rooms), cwd=tmp_path).split():
         assert Path(file).is_relative_to(site(built.python.parents[1])), file
     told = run(built.python, "-m", "lightning_tilt", "--help", cwd=tmp_path)
     assert "lightning-tilt configs" in " ".join(told.split())
