@@ -63,7 +63,7 @@ def summary(name: str) -> str:
     """
     lines = [line for line in _read(name).splitlines() if not line.startswith("#!")]
     comment = " ".join(" ".join(takewhile(lambda line: line.startswith("# "), lines)).replace("#", "").split())
-    return re.split(r"(?<=[a-z\d)][.:]) +(?=[A-Z]|$)", comment, maxsplit=1)[0]
+    return re.split(r"(?<=[a-z\d)]\.) +(?=[A-Z])", comment, maxsplit=1)[0]
 
 
 def copy_config(name: str, to: Path, force: bool = False) -> list[Path]:
