@@ -89,7 +89,7 @@ def _text(file: Path, source: str) -> str:
         raise ValueError(f"prompts {source!r} is a folder; {_MEND}")
     if not file.is_file():
         plain = source.rpartition(":")[0]
-        mend = f"only tables have columns: give {plain}" if plain and Path(plain).expanduser().is_file() else _MEND
+        mend = f"only tables have columns: give {plain}" if plain and locate(plain).is_file() else _MEND
         raise FileNotFoundError(f"there is no prompt file {quoted(source, _PATH)}; {mend}")
     if file.suffix.lower() in _FOREIGN:
         raise ValueError(f"prompt file {source!r}: no {file.suffix} is read, but .txt, .csv, .tsv, .json and .jsonl")
