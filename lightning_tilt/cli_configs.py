@@ -123,7 +123,7 @@ def without_a_run(args: Sequence[str]) -> list[str] | None:
     try:
         if command == "configs":
             _list_or_copy(rest)
-        elif command == "cite" and rest and not rest[0].startswith("-"):
+        elif command == "cite" and (not rest or rest[0] in ("-h", "--help") or not rest[0].startswith("-")):
             _cite(rest)
         elif command == "cite":
             return ["fit", *with_packaged(rest), "--dry_run", "citation"]
@@ -155,7 +155,8 @@ def _list_or_copy(args: list[str]) -> None:
 def _cite(args: list[str]) -> None:
     from lightning_tilt.references import citation
 
-    parser = _Parser("lightning-tilt cite", description="Print what a run should cite, as BibTeX.")
+    about = "Print what a run should cite, as BibTeX; before a run: lightning-tilt cite --config CONFIG, and flags."
+    parser = _Parser("lightning-tilt cite", description=about)
     parser.add_argument("run", type=Path, help="a run's folder, its config.yaml or its report.json")
     print(citation(parser.parse_args(args).run))
 

@@ -147,6 +147,8 @@ def test_on_the_command_line() -> None:
     wanted = ["lightning_tilt", "domingoenrich2024adjoint", "rombach2021high", "wu2023human", "hessel2021clipscore"]
     assert keys(run.out) == wanted
     assert tilt("cite", "--config", DIGITS, "--model.rewart", "HPSv2").status == 2
+    assert "arguments are required: run" in tilt("cite").err
+    assert "lightning-tilt cite --config CONFIG" in tilt("cite", "--help").out
 
 
 def test_of_a_run(tmp_path: Path) -> None:
