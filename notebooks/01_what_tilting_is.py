@@ -29,7 +29,6 @@ from lightning_tilt.models import (
     GaussianMixturePredictor,
     NeuralTilt,
     NeuralTransport,
-    PotentialTransport,
     the_mixture,
 )
 from lightning_tilt.rewards.mixture_density import TiltedMixture
@@ -214,9 +213,7 @@ def network(kind: str) -> torch.nn.Module:
     if kind == "gaussian":
         return NeuralTilt(GaussianBase([2], scale=1.5), hidden=64, layers=2)
     base = GaussianMixturePredictor(mixture.weights, mixture.means, mixture.covariances)
-    return {"tilt": NeuralTilt, "transport": NeuralTransport, "potential": PotentialTransport}[kind](
-        base, hidden=64, layers=2
-    )
+    return (NeuralTransport if kind == "transport" else NeuralTilt)(base, hidden=64, layers=2)
 
 
 def run(method: Method) -> Accuracy:
