@@ -5,6 +5,7 @@
 #   make test-slow   the tests that take longer than a minute
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
 #   make faults  the table of what killed runs come back from
+#   make notebooks   execute the notebooks and keep what they show; NOTEBOOKS="01 04" some of them
 #   make lint    ruff and mypy alone         make models   train the embedded models again
 #   make clean   remove what the tools leave (not .venv*, not runs/)
 
@@ -12,17 +13,19 @@ PYTHON ?= python3
 CONFIG ?= configs/digits/sd15_adjoint_matching.yaml
 ARGS ?=
 PYTEST_ARGS ?=
+NOTEBOOKS ?=
 
 BIN := .venv/bin
 # What is installed is named by what asked for it, so that a second call installs nothing and a changed pin does.
 HASH := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 BASE := .venv/.installed-$(HASH)
 DEV := .venv/.installed-dev-$(HASH)
+KERNEL := .venv/.installed-notebooks-$(HASH)
 PARITY := .venv-parity/.installed-$(HASH)
 PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-parity faults models lint install clean
+.PHONY: demo test test-slow test-parity faults notebooks models lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -54,6 +57,9 @@ test-parity: $(PARITY)
 faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py
 
+notebooks: $(KERNEL)
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py $(NOTEBOOKS)
+
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -75,6 +81,10 @@ $(BASE): | .venv/pyvenv.cfg
 
 $(DEV): $(BASE)
 	$(PIP_INSTALL) --quiet --editable ".[dev]"
+	@touch $@
+
+$(KERNEL): $(BASE)
+	$(PIP_INSTALL) --quiet --editable ".[notebooks]"
 	@touch $@
 
 clean:

@@ -1,0 +1,278 @@
+# %% [markdown]
+# # 01 What tilting is
+#
+# A model samples a law $p_\mathrm{base}$, a reward $r$ says what is liked, a number $\lambda$ says how much. Together
+# they name one law, the *tilt*
+#
+# $$p^*(x) = \frac{1}{Z}\, p_\mathrm{base}(x)\, e^{\lambda r(x)}, \qquad Z = \mathbb{E}_\mathrm{base}[e^{\lambda r}].$$
+#
+# It is neither the maximum of the reward nor a compromise by hand: it is the law that earns most reward at a given
+# distance from the base. Here everything is in two dimensions, where the tilt is known in closed form, and where every
+# loss of this package can be watched on its way to it.
+
+# %%
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from _common import show, trainer
+from lightning_tilt import DDIM, ExactGaussian, TrajectorySampler, tasks
+from lightning_tilt.callbacks.diagnostic import undisturbed
+from lightning_tilt.data import DrawsDataModule
+from lightning_tilt.identities import expectation, log_partition
+from lightning_tilt.metrics import noise_floor, squared_sliced_wasserstein2
+from lightning_tilt.models import (
+    GaussianBase,
+    GaussianMixturePredictor,
+    NeuralTilt,
+    NeuralTransport,
+    PotentialTransport,
+    the_mixture,
+)
+from lightning_tilt.rewards.mixture_density import TiltedMixture
+from matplotlib.figure import Figure
+
+mixture, reward = the_mixture()  # three Gaussians, and r(x) = -(x - c)' A (x - c)/2
+tilted, log_z = mixture.tilt(reward, 1.0)  # a quadratic reward makes Gaussians of Gaussians: the truth
+LAM = 1.0
+
+# %% [markdown]
+# ## The truth, and the oldest way to it
+#
+# Base samples that are weighted by $e^{\lambda r}$ are samples of the tilt: $Z$ and every mean under $p^*$ follow, each
+# with its standard error. That costs no training, but nothing new is ever drawn, and where the reward asks for what the
+# base rarely makes, few samples carry all the weight. The effective sample size (ESS) says how many do.
+
+# %%
+x = mixture.sample(20_000, torch.Generator().manual_seed(0))
+log_w = LAM * reward.score(x, None)
+found = log_partition(log_w)
+means = [expectation(x[:, i], log_w) for i in range(2)]
+truth = tilted.weights @ tilted.means
+print(f"log Z  reweighted {found.mean:.4f} +- {found.se:.4f}    closed form {float(log_z):.4f}")
+for name, mean, exact in zip(("E*[x_1]", "E*[x_2]"), means, truth.tolist(), strict=True):
+    print(f"{name}  reweighted {mean.mean:.4f} +- {mean.se:.4f}    closed form {exact:.4f}")
+print(f"ESS {found.ess:.2f}: of 20,000 base samples, the weights leave {found.ess * 20_000:.0f}")
+assert abs(found.mean - float(log_z)) < 4 * found.se
+assert all(abs(mean.mean - exact) < 4 * mean.se for mean, exact in zip(means, truth.tolist(), strict=True))
+
+# %%
+axis_values = torch.linspace(-4, 4, 161, dtype=torch.float64)
+grid = torch.stack(torch.meshgrid(axis_values, axis_values, indexing="xy"), -1).reshape(-1, 2)
+panels = {
+    "base density": mixture.log_prob(grid).exp(),
+    "reward": reward.score(grid, None),
+    "tilted density": tilted.log_prob(grid).exp(),
+}
+figure = Figure(figsize=(10, 3.5), layout="constrained")
+axes = figure.subplots(1, 3, sharex=True, sharey=True)
+for axis, (title, values) in zip(axes, panels.items(), strict=True):
+    picture = values.reshape(161, 161).numpy()
+    drawn = axis.contourf(axis_values, axis_values, picture, 12, cmap="Greys" if "density" in title else "cividis")
+    figure.colorbar(drawn, ax=axis, shrink=0.85, format="%.2g")
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("$x_1$")
+    axis.set_aspect("equal")
+axes[0].set_ylabel("$x_2$")
+show(figure, "01_truth")
+
+# %% [markdown]
+# Three modes stay three modes: the tilt moves weight between them and shifts each a little. A method that climbs the
+# reward alone would end on the brightest spot of the middle panel.
+#
+# ## Every loss on one axis
+#
+# The losses differ in what they need (a gradient of the reward or only its value; whole paths or end points; a chain
+# with noise, an ODE, a transport) and in what they pay. What they share is a currency: evaluations of the network, all
+# of them counted - forwards, vector-Jacobian products, backwards. So each is trained on the same problem with the same
+# small network (two hidden layers of 64), and at a few moments 4000 fresh samples of the model are compared with the
+# exact tilt:
+#
+# $$\text{accuracy} = 1 - \frac{W^2 - W^2_\text{floor}}{W_0^2 - W^2_\text{floor}},$$
+#
+# with $W^2$ the squared sliced Wasserstein-2 distance (squares of noise and of bias add up), $W_0^2$ that of the untrained
+# model and $W^2_\text{floor}$ that of exact samples from exact samples. 0 is where training starts, 1 is what 4000 samples
+# cannot tell from the truth, and noise can lift a value a little above 1.
+#
+# The runs are short: a few seconds each, a chain of 20 steps where the configs of `configs/toy/` have 40 to 100. They
+# show that the losses move to one target, and roughly what that costs. They do not rank losses that end close to each
+# other; `benchmarks/losses.py` trains all of them to the end.
+#
+# A chain of 20 memoryless steps that keeps the base's noise cannot be exact. What is best for it is its own base,
+# reweighted: the dotted line in the panels of the losses that are judged on such a chain.
+
+
+# %%
+@dataclass
+class Method:
+    """One loss, and how its short run is set up."""
+
+    family: str
+    task: type[L.LightningModule]
+    updates: int
+    samples: int = 128
+    lr: float = 5e-3
+    loss: dict[str, Any] = field(default_factory=dict)
+    sampler: dict[str, Any] = field(default_factory=dict)
+    kind: str = "tilt"  # of the network: a tilt of the base, a tilt of a Gaussian, or a transport
+
+
+PATHS, ENDS, ODES, TRANSPORTS = (
+    "whole paths", "noised end points, path weights", "end points of an ODE", "a transport or a Gaussian base",
+)  # fmt: skip
+whole = {"checkpoint": False}
+ends = {"noisings": 8, "time_sampling": "importance", "t_min": 0.01, "t_max": 0.99}
+replay = {"rollout_every": 4, "buffer_size": 4, "replay_samples": 256}
+ode = {"transition": DDIM(ddim_eta=0.0), "base_last_step": False}
+quarter = {"supervised_steps": 5} | whole
+
+METHODS = {
+    "AdjointMatching": Method(PATHS, tasks.AdjointMatchingTask, 60, loss=whole),
+    "LogVariance": Method(PATHS, tasks.LogVarianceTask, 60, loss=whole),
+    "TrajectoryBalance": Method(PATHS, tasks.TrajectoryBalanceTask, 60, loss=whole),
+    "RelativeEntropy": Method(PATHS, tasks.RelativeEntropyTask, 60, loss=whole),
+    "CrossEntropy": Method(PATHS, tasks.CrossEntropyTask, 60, loss=whole),
+    "Reinforce": Method(PATHS, tasks.ReinforceTask, 60, loss=whole),
+    "GRPO": Method(PATHS, tasks.GRPOTask, 60, loss={"penalty": "exact"} | whole, sampler={"rollout_every": 2}),
+    "NovelScoreMatching": Method(ENDS, tasks.NovelScoreMatchingTask, 100, 256, loss=ends, sampler=replay),
+    "MixedScoreMatching": Method(ENDS, tasks.MixedScoreMatchingTask, 100, 256, loss=ends, sampler=replay),
+    "ConditionalScoreMatching": Method(
+        ENDS, tasks.ConditionalScoreMatchingTask, 100, 256,
+        loss=ends | {"path_weights": "self_normalised"}, sampler=replay,
+    ),
+    "TargetScoreMatching": Method(
+        ENDS, tasks.TargetScoreMatchingTask, 100, 256,
+        loss=ends | {"path_weights": "self_normalised"}, sampler=replay,
+    ),
+    "EfficientAdjointMatching": Method(
+        ODES, tasks.EfficientAdjointMatchingTask, 100, 256, loss=ends, sampler=replay | ode
+    ),
+    "ReinforceAdjointMatching": Method(
+        ODES, tasks.ReinforceAdjointMatchingTask, 80, 256, loss={"noisings": 4}, sampler=ode
+    ),
+    "ExactReinforceAdjointMatching": Method(
+        ODES, tasks.ExactReinforceAdjointMatchingTask, 80, 256, loss={"noisings": 4}, sampler=ode
+    ),
+    "TiltMatching": Method(
+        ODES, tasks.TiltMatchingTask, 150, 1024,
+        loss={"variant": "weighted", "level_ess": 0.85, "noisings": 2, "time_weight": "control", "t_max": 0.9},
+        sampler=ode | {"rollout_every": 50},
+    ),
+    "AdjointSampling": Method(
+        TRANSPORTS, tasks.AdjointSamplingTask, 200, 512, 1e-2,
+        loss=ends | {"noisings": 4, "path_weights": "self_normalised"},
+        sampler={"rollout_every": 10, "buffer_size": 8, "replay_samples": 512, "transition": ExactGaussian(1 / 1.5**2)},
+        kind="gaussian",
+    ),
+    "CMCD": Method(TRANSPORTS, tasks.CMCDTask, 60, loss={"objective": "log_variance"} | whole, kind="transport"),
+    "NETS": Method(
+        TRANSPORTS, tasks.NETSTask, 80, 256, loss={"objective": "pinn"} | quarter, sampler={"rollout_every": 4},
+        kind="transport",
+    ),
+}  # fmt: skip
+assert {method.task.__name__ for method in METHODS.values()} == set(tasks.__all__)  # no loss is left out
+
+# %%
+SAMPLES = 4000
+reference = tilted.sample(4 * SAMPLES, torch.Generator().manual_seed(1)).float()
+floor = noise_floor(squared_sliced_wasserstein2, reference, SAMPLES, repeats=10).mean
+
+
+class Accuracy(L.Callback):
+    """The distance to the truth at a few moments of a run, and the network evaluations spent until then."""
+
+    def __init__(self, sampler: TrajectorySampler, updates: int) -> None:
+        self.sampler, self.moments = sampler, [updates // 6, updates // 3, updates]
+        self.evaluations, self.distance = [], []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self.look(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
+        if trainer.global_step in self.moments:
+            self.look(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.global_step not in self.moments:  # Tilt Matching stops where lambda is reached
+            self.look(pl_module)
+
+    def look(self, host: Any) -> None:
+        self.evaluations.append(self.sampler.evaluations.network)
+        with undisturbed(host):
+            path = self.sampler.rollout(host, torch.zeros(SAMPLES), stream="report", number=0, samples_per_condition=1)
+        self.distance.append(float(squared_sliced_wasserstein2(path.end, reference[:SAMPLES])))
+
+    @property
+    def accuracy(self) -> list[float]:
+        return [1 - (w - floor) / (self.distance[0] - floor) for w in self.distance]
+
+
+def network(kind: str) -> torch.nn.Module:
+    """The same small network on top of what it starts from."""
+    if kind == "gaussian":
+        return NeuralTilt(GaussianBase([2], scale=1.5), hidden=64, layers=2)
+    base = GaussianMixturePredictor(mixture.weights, mixture.means, mixture.covariances)
+    return {"tilt": NeuralTilt, "transport": NeuralTransport, "potential": PotentialTransport}[kind](
+        base, hidden=64, layers=2
+    )
+
+
+def run(method: Method) -> Accuracy:
+    """Train one loss for its few updates, from the same seed as all the others."""
+    L.seed_everything(0, verbose=False)
+    density = TiltedMixture(mixture.weights, mixture.means, mixture.covariances, reward.A, reward.c)
+    module = method.task(
+        predictor=network(method.kind),
+        reward=density if method.kind == "gaussian" else reward,
+        optimizer=lambda p: torch.optim.Adam(p, lr=method.lr, betas=(0.9, 0.95)),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.05, method.updates),
+        **method.loss,
+    )
+    sampler = TrajectorySampler(**({"steps": 20, "samples_per_condition": 1} | method.sampler))
+    accuracy = Accuracy(sampler, method.updates)
+    data = DrawsDataModule(samples=method.samples, batches=method.updates)
+    trainer([sampler, accuracy], method.updates).fit(module, datamodule=data)
+    return accuracy
+
+
+chain = TrajectorySampler(steps=20, samples_per_condition=1)
+untrained = tasks.AdjointMatchingTask(predictor=network("tilt"), reward=reward)
+path = chain.rollout(untrained, torch.zeros(20_000), stream="report", number=0, base=True)
+start, best = (
+    float(squared_sliced_wasserstein2(path.end, reference[:SAMPLES], p=weights))
+    for weights in (None, torch.softmax(LAM * path.reward, 0))
+)
+ceiling = 1 - (best - floor) / (start - floor)
+print(f"best of 20 memoryless steps: accuracy {ceiling:.2f}")
+
+# %%
+RUNS = {name: run(method) for name, method in METHODS.items()}
+for name, found in RUNS.items():
+    accuracy = "  ".join(f"{a:5.2f}" for a in found.accuracy[1:])
+    print(f"{name:30s} {found.evaluations[-1] / 1e6:4.2f} M evaluations   accuracy on the way: {accuracy}")
+
+# %%
+LINES = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X")]
+SHADES = ["#1b1b1b", "#c8553d", "#2b6777", "#b58900", "#6c4f8c", "#7f8c99", "#4b7f3a"]
+figure = Figure(figsize=(10, 7.4), layout="constrained")
+axes = figure.subplots(2, 2, sharex=True, sharey=True).flat
+for axis, family in zip(axes, (PATHS, ENDS, ODES, TRANSPORTS), strict=True):
+    for found in RUNS.values():
+        axis.plot([e / 1e6 for e in found.evaluations], found.accuracy, color="0.88", lw=1, zorder=1)
+    mine = [name for name, method in METHODS.items() if method.family == family]
+    for name, (line, marker), colour in zip(mine, LINES, SHADES, strict=False):
+        spent = [e / 1e6 for e in RUNS[name].evaluations]
+        axis.plot(spent, RUNS[name].accuracy, line, marker=marker, ms=5, lw=1.5, color=colour, label=name, zorder=2)
+    axis.axhline(1, color="0.4", lw=0.8)
+    if family in (PATHS, ENDS):
+        axis.axhline(ceiling, color="0.4", lw=0.8, ls=":")
+    axis.set_title(family, fontsize=10)
+    axis.set_ylim(-0.5, 1.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+for axis in figure.axes[2:]:
+    axis.set_xlabel("network evaluations, millions")
+for axis in figure.axes[::2]:
+    axis.set_ylabel("accuracy  (0 untrained, 1 the truth)")
+show(figure, "01_losses")

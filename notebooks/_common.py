@@ -1,0 +1,42 @@
+"""What the notebooks share: a Trainer that is quiet, and pictures that are kept."""
+
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from matplotlib.figure import Figure
+
+__all__ = ["PICTURES", "show", "trainer"]
+
+PICTURES = Path(__file__).resolve().parent / "pictures"
+
+torch.set_num_threads(1)  # many small tensors: one thread is the fastest
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated", category=FutureWarning)
+
+
+def trainer(callbacks: list[L.Callback], updates: int, **more: Any) -> L.Trainer:
+    """A Trainer on the CPU for `updates` updates, without bars; its folder is a temporary one unless said otherwise."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "max_steps": updates, "gradient_clip_val": 1.0, "logger": False,
+        "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "num_sanity_val_steps": 0, "default_root_dir": tempfile.mkdtemp(),
+    }  # fmt: skip
+    return L.Trainer(callbacks=callbacks, **(settings | more))
+
+
+def show(figure: Figure, name: str) -> None:
+    """Keep a figure as `pictures/<name>.png`, and display it where a notebook runs."""
+    path = PICTURES / f"{name}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(filename=str(path)))

@@ -1,0 +1,45 @@
+"""Execute the notebooks: `NN_name.py` becomes `NN_name.ipynb`, with all that it printed and drew.
+
+    python notebooks/execute.py            all of them
+    python notebooks/execute.py 01 04      those whose name begins so
+
+The script is the source; times, identifiers and what went to stderr are left out, so that a second execution on the
+same machine writes the same file.
+"""
+
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+HERE = Path(__file__).resolve().parent
+KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+
+def execute(script: Path) -> Path:
+    """Run a script cell by cell in a kernel of its own, and write the notebook beside it."""
+    notebook = jupytext.read(script, fmt="py:percent")
+    NotebookClient(notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(HERE)}}).execute()
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL, "language_info": {"name": "python"}})
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i}", nbformat.from_dict({})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    written = script.with_suffix(".ipynb")
+    nbformat.write(notebook, written)
+    return written
+
+
+def main() -> None:
+    """Execute what the command line names."""
+    scripts = sorted(HERE.glob("[0-9]*.py"))
+    for script in scripts:
+        if len(sys.argv) == 1 or script.name.startswith(tuple(sys.argv[1:])):
+            written = execute(script)
+            print(f"{written.relative_to(HERE.parent)}: {written.stat().st_size / 1000:.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
