@@ -7,8 +7,8 @@
 # $$p^*(x) = \frac{1}{Z}\, p_\mathrm{base}(x)\, e^{\lambda r(x)}, \qquad Z = \mathbb{E}_\mathrm{base}[e^{\lambda r}].$$
 #
 # It is neither the maximum of the reward nor a compromise by hand: it is the law that earns most reward at a given
-# distance from the base. Here everything is in two dimensions, where the tilt is known in closed form, and where every
-# loss of this package can be watched on its way to it.
+# distance from the base. Here everything is in two dimensions, where the tilt is known in closed form, and where
+# every loss of this package can be watched on its way to it.
 
 # %%
 from dataclasses import dataclass, field
@@ -17,6 +17,8 @@ from typing import Any
 import lightning as L
 import torch
 from _common import show, trainer
+from matplotlib.figure import Figure
+
 from lightning_tilt import DDIM, ExactGaussian, TrajectorySampler, tasks
 from lightning_tilt.callbacks.diagnostic import undisturbed
 from lightning_tilt.data import DrawsDataModule
@@ -31,7 +33,6 @@ from lightning_tilt.models import (
     the_mixture,
 )
 from lightning_tilt.rewards.mixture_density import TiltedMixture
-from matplotlib.figure import Figure
 
 mixture, reward = the_mixture()  # three Gaussians, and r(x) = -(x - c)' A (x - c)/2
 tilted, log_z = mixture.tilt(reward, 1.0)  # a quadratic reward makes Gaussians of Gaussians: the truth
@@ -40,9 +41,9 @@ LAM = 1.0
 # %% [markdown]
 # ## The truth, and the oldest way to it
 #
-# Base samples that are weighted by $e^{\lambda r}$ are samples of the tilt: $Z$ and every mean under $p^*$ follow, each
-# with its standard error. That costs no training, but nothing new is ever drawn, and where the reward asks for what the
-# base rarely makes, few samples carry all the weight. The effective sample size (ESS) says how many do.
+# Base samples that are weighted by $e^{\lambda r}$ are samples of the tilt: $Z$ and every mean under $p^*$ follow,
+# each with its standard error. That costs no training, but nothing new is ever drawn, and where the reward asks for
+# what the base rarely makes, few samples carry all the weight. The effective sample size (ESS) says how many do.
 
 # %%
 x = mixture.sample(20_000, torch.Generator().manual_seed(0))
@@ -84,23 +85,23 @@ show(figure, "01_truth")
 # ## Every loss on one axis
 #
 # The losses differ in what they need (a gradient of the reward or only its value; whole paths or end points; a chain
-# with noise, an ODE, a transport) and in what they pay. What they share is a currency: evaluations of the network, all
-# of them counted - forwards, vector-Jacobian products, backwards. So each is trained on the same problem with the same
-# small network (two hidden layers of 64), and at a few moments 4000 fresh samples of the model are compared with the
-# exact tilt:
+# with noise, an ODE, a transport) and in what they pay. What they share is a currency: evaluations of the network,
+# all of them counted - forwards, vector-Jacobian products, backwards. So each is trained on the same problem with the
+# same small network (two hidden layers of 64), and at a few moments 4000 fresh samples of the model are compared with
+# the exact tilt:
 #
 # $$\text{accuracy} = 1 - \frac{W^2 - W^2_\text{floor}}{W_0^2 - W^2_\text{floor}},$$
 #
-# with $W^2$ the squared sliced Wasserstein-2 distance (squares of noise and of bias add up), $W_0^2$ that of the untrained
-# model and $W^2_\text{floor}$ that of exact samples from exact samples. 0 is where training starts, 1 is what 4000 samples
-# cannot tell from the truth, and noise can lift a value a little above 1.
+# with $W^2$ the squared sliced Wasserstein-2 distance (squares of noise and of bias add up), $W_0^2$ that of the
+# untrained model and $W^2_\text{floor}$ that of exact samples from exact samples. 0 is where training starts, 1 is
+# what 4000 samples cannot tell from the truth, and noise can lift a value a little above 1.
 #
 # The runs are short: a few seconds each, a chain of 20 steps where the configs of `configs/toy/` have 40 to 100. They
 # show that the losses move to one target, and roughly what that costs. They do not rank losses that end close to each
 # other; `benchmarks/losses.py` trains all of them to the end.
 #
-# A chain of 20 memoryless steps that keeps the base's noise cannot be exact. What is best for it is its own base,
-# reweighted: the dotted line in the panels of the losses that are judged on such a chain.
+# A chain of 20 memoryless steps that keeps the base's noise is not exact. How near it can come is what its own base,
+# reweighted, says first: so near that the chain is not what these runs are short of.
 
 
 # %%
@@ -135,18 +136,18 @@ METHODS = {
     "CrossEntropy": Method(PATHS, tasks.CrossEntropyTask, 60, loss=whole),
     "Reinforce": Method(PATHS, tasks.ReinforceTask, 60, loss=whole),
     "GRPO": Method(PATHS, tasks.GRPOTask, 60, loss={"penalty": "exact"} | whole, sampler={"rollout_every": 2}),
-    "NovelScoreMatching": Method(ENDS, tasks.NovelScoreMatchingTask, 100, 256, loss=ends, sampler=replay),
-    "MixedScoreMatching": Method(ENDS, tasks.MixedScoreMatchingTask, 100, 256, loss=ends, sampler=replay),
+    "NovelScoreMatching": Method(ENDS, tasks.NovelScoreMatchingTask, 100, 256, 2e-3, loss=ends, sampler=replay),
+    "MixedScoreMatching": Method(ENDS, tasks.MixedScoreMatchingTask, 100, 256, 2e-3, loss=ends, sampler=replay),
     "ConditionalScoreMatching": Method(
-        ENDS, tasks.ConditionalScoreMatchingTask, 100, 256,
+        ENDS, tasks.ConditionalScoreMatchingTask, 100, 256, 2e-3,
         loss=ends | {"path_weights": "self_normalised"}, sampler=replay,
     ),
     "TargetScoreMatching": Method(
-        ENDS, tasks.TargetScoreMatchingTask, 100, 256,
+        ENDS, tasks.TargetScoreMatchingTask, 100, 256, 2e-3,
         loss=ends | {"path_weights": "self_normalised"}, sampler=replay,
     ),
     "EfficientAdjointMatching": Method(
-        ODES, tasks.EfficientAdjointMatchingTask, 100, 256, loss=ends, sampler=replay | ode
+        ODES, tasks.EfficientAdjointMatchingTask, 100, 256, 2e-3, loss=ends, sampler=replay | ode
     ),
     "ReinforceAdjointMatching": Method(
         ODES, tasks.ReinforceAdjointMatchingTask, 80, 256, loss={"noisings": 4}, sampler=ode
@@ -160,14 +161,14 @@ METHODS = {
         sampler=ode | {"rollout_every": 50},
     ),
     "AdjointSampling": Method(
-        TRANSPORTS, tasks.AdjointSamplingTask, 200, 512, 1e-2,
+        TRANSPORTS, tasks.AdjointSamplingTask, 120, 512, 1e-2,
         loss=ends | {"noisings": 4, "path_weights": "self_normalised"},
         sampler={"rollout_every": 10, "buffer_size": 8, "replay_samples": 512, "transition": ExactGaussian(1 / 1.5**2)},
         kind="gaussian",
     ),
     "CMCD": Method(TRANSPORTS, tasks.CMCDTask, 60, loss={"objective": "log_variance"} | whole, kind="transport"),
     "NETS": Method(
-        TRANSPORTS, tasks.NETSTask, 80, 256, loss={"objective": "pinn"} | quarter, sampler={"rollout_every": 4},
+        TRANSPORTS, tasks.NETSTask, 100, 256, loss={"objective": "pinn"} | quarter, sampler={"rollout_every": 4},
         kind="transport",
     ),
 }  # fmt: skip
@@ -245,6 +246,7 @@ start, best = (
 )
 ceiling = 1 - (best - floor) / (start - floor)
 print(f"best of 20 memoryless steps: accuracy {ceiling:.2f}")
+assert ceiling > 0.95
 
 # %%
 RUNS = {name: run(method) for name, method in METHODS.items()}
@@ -265,10 +267,8 @@ for axis, family in zip(axes, (PATHS, ENDS, ODES, TRANSPORTS), strict=True):
         spent = [e / 1e6 for e in RUNS[name].evaluations]
         axis.plot(spent, RUNS[name].accuracy, line, marker=marker, ms=5, lw=1.5, color=colour, label=name, zorder=2)
     axis.axhline(1, color="0.4", lw=0.8)
-    if family in (PATHS, ENDS):
-        axis.axhline(ceiling, color="0.4", lw=0.8, ls=":")
     axis.set_title(family, fontsize=10)
-    axis.set_ylim(-0.5, 1.12)
+    axis.set_ylim(-0.3, 1.12)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
 for axis in figure.axes[2:]:
@@ -276,3 +276,20 @@ for axis in figure.axes[2:]:
 for axis in figure.axes[::2]:
     axis.set_ylabel("accuracy  (0 untrained, 1 the truth)")
 show(figure, "01_losses")
+
+# %% [markdown]
+# All of them leave the base for the same law, most of the way within half a million evaluations. What lies between
+# them is in the noise of their targets and in how they use a rollout, and it is what the README's table says of the
+# long runs: target score matching is the noisiest at the noisy end of time, which here is where the modes are chosen,
+# and may even move away; Efficient Adjoint Matching is slow in the weights of the modes. What a curve cannot show is
+# what a loss asks for: seven of these never saw a gradient of the reward.
+
+# %%
+final = {name: found.accuracy[-1] for name, found in RUNS.items()}
+blind = [name for name, method in METHODS.items() if not method.task.needs_reward_gradient]
+print("without a gradient of the reward:", ", ".join(f"{name} {final[name]:.2f}" for name in blind))
+family = [name for name, method in METHODS.items() if method.family == ENDS]
+assert all(final[name] > 0.7 for name, method in METHODS.items() if method.family == PATHS)
+assert all(accuracy > 0.4 for name, accuracy in final.items() if name != "TargetScoreMatching")
+assert min(family, key=final.__getitem__) == "TargetScoreMatching"
+assert all(final[name] > 0.6 for name in blind)

@@ -1,11 +1,11 @@
 # %% [markdown]
 # # 04 The mixin in your own LightningModule
 #
-# You have a LightningModule: a network, a training loss, a validation, an optimiser. A loss of this package is a mixin
-# that goes in front of it. What your module must offer are three attributes, `predictor`, `process` and `reward`;
-# everything else stays yours. Below is such a module from start to end: a flow-matching model of points in the plane,
-# pretrained by its own loss, then tilted - with its own validation, its own optimiser, and a second loss of its own
-# beside the tilt.
+# You have a LightningModule: a network, a training loss, a validation, an optimiser. A loss of this package is a
+# mixin that goes in front of it. What your module must offer are three attributes, `predictor`, `process` and
+# `reward`; everything else stays yours. Below is such a module from start to end: a flow-matching model of points in
+# the plane, pretrained by its own loss, then tilted - with its own validation, its own optimiser, and a second loss
+# of its own beside the tilt.
 
 # %%
 from contextlib import contextmanager
@@ -14,11 +14,12 @@ from copy import deepcopy
 import lightning as L
 import torch
 from _common import show, trainer
-from lightning_tilt import AdjointMatching, Frozen, Predictor, Reward, RectifiedFlow, TrajectorySampler
-from lightning_tilt.identities import expectation, log_partition, mean
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader
+
+from lightning_tilt import AdjointMatching, Frozen, Predictor, RectifiedFlow, Reward, TrajectorySampler
+from lightning_tilt.identities import expectation, log_partition, mean
 
 L.seed_everything(0, verbose=False)
 
@@ -87,8 +88,9 @@ trainer([], 1500).fit(pretrained, loader(1500, 256))
 # %% [markdown]
 # ## The adapter, and the reward
 #
-# A `Predictor` says what the network predicts (here a velocity), of which process (here the straight lines of rectified
-# flow), and what the untuned model is: a frozen copy, which is not trained, not saved and never in train mode.
+# A `Predictor` says what the network predicts (here a velocity), of which process (here the straight lines of
+# rectified flow), and what the untuned model is: a frozen copy, which is not trained, not saved and never in train
+# mode.
 
 
 # %%
@@ -130,9 +132,10 @@ class Right(Reward):
 # The host of the tilt is the old module with three attributes more. Its optimiser and its validation are inherited as
 # they are. The sampler reads nothing of the batch but its length: 128 points ask for 128 paths.
 #
-# The second loss is a value network that learns, from the very rollouts that the tilt trains on, what reward a path will
-# have: $V(x, t) \approx \mathbb{E}[r(X_1) \mid X_t = x]$. It costs no further evaluation of the velocity, and since it
-# shares no parameter with the velocity, it does not move the tilt's fixed point. `super().training_step` is the tilt's loss.
+# The second loss is a value network that learns, from the very rollouts that the tilt trains on, what reward a path
+# will have: $V(x, t) \approx \mathbb{E}[r(X_1) \mid X_t = x]$. It costs no further evaluation of the velocity, and
+# since it shares no parameter with the velocity, it does not move the tilt's fixed point. `super().training_step` is
+# the tilt's loss.
 
 # %%
 LAM = 3.0
@@ -189,3 +192,84 @@ run = trainer([sampler, curves], UPDATES, val_check_interval=25, log_every_n_ste
 run.fit(module, loader(UPDATES, 128), loader(4, 256))
 for name in ("val/reward", "val/flow_loss"):
     print(f"{name:14s}" + "".join(f"{v[name]:8.3f}" for v in curves.val))
+
+# %% [markdown]
+# The reward goes up, and the fit to the data goes down: the tilt is another law than the data's. Both are validations
+# that a Trainer knows how to monitor, checkpoint and stop by.
+#
+# ## Did it reach the tilt?
+#
+# 8000 base samples of the same chain, weighted by $e^{\lambda r}$, say where the exact tilt is; the tuned paths have
+# weights of their own, and both ways lead to one $\log Z$. The value network is checked on fresh paths: of the
+# variance of a path's reward it can explain nothing at $t = 0$, since the chain is memoryless, and nearly all at $t =
+# 1$.
+
+
+# %%
+@torch.no_grad()
+def look(n, base):
+    """A rollout of n paths, and their log weights."""
+    path = sampler.rollout(module, torch.zeros(n), stream="report", number=0, base=base)
+    chain = sampler.chain(module, count=False)
+    return path, LAM * path.reward if base else chain.log_weights(module.predictor, path, LAM)
+
+
+base, base_w = look(8000, base=True)
+tuned, tuned_w = look(4000, base=False)
+reward_base, reward_tuned = mean(base.reward.double()), mean(tuned.reward.double())
+reward_exact = expectation(base.reward, base_w)
+log_z = log_partition(base_w), log_partition(tuned_w)
+way = (reward_tuned.mean - reward_base.mean) / (reward_exact.mean - reward_base.mean)
+for name, number in (
+    ("reward, base", reward_base), ("reward, tuned", reward_tuned), ("reward, exact tilt", reward_exact),
+    ("log Z, base", log_z[0]), ("log Z, tuned", log_z[1]),
+):  # fmt: skip
+    print(f"{name:20s} {number.mean:7.4f} +- {number.se:.4f}")
+print(f"the way {way:.0%}, ESS of the base {log_z[0].ess:.2f}, of the tuned paths {log_z[1].ess:.2f}")
+
+with torch.no_grad():
+    t = tuned.t.to(tuned.states)
+    value = torch.stack(
+        [module.value(torch.cat([x, s.expand(len(x), 1)], 1)).squeeze(1) for x, s in zip(tuned.states, t, strict=True)]
+    )
+explained = 1 - (value - tuned.reward).pow(2).mean(1) / tuned.reward.var()
+print(f"variance explained by the value network: {explained[0]:.2f} at t = 0, {explained[-1]:.2f} at t = 1")
+
+assert abs(log_z[0].mean - log_z[1].mean) < 4 * (log_z[0].se ** 2 + log_z[1].se ** 2) ** 0.5
+assert 0.85 < way < 1.1
+assert log_z[1].ess > max(0.8, log_z[0].ess)
+assert abs(explained[0]) < 0.1 and explained[-1] > 0.9
+
+# %%
+figure = Figure(figsize=(10, 3.4), layout="constrained")
+generator = torch.Generator().manual_seed(0)
+drawn = torch.multinomial(torch.softmax(base_w, 0), 2000, replacement=True, generator=generator)
+sets = {"base": base.end[:2000], "exact tilt (base, reweighted)": base.end[drawn], "tuned": tuned.end[:2000]}
+axes = figure.subplots(1, 3, sharex=True, sharey=True)
+for axis, (name, points), colour in zip(axes, sets.items(), ("#7f8c99", "#2b6777", "#c8553d"), strict=True):
+    axis.scatter(*points.T.numpy(), s=4, lw=0, alpha=0.5, color=colour)
+    axis.set_title(name, fontsize=10)
+    axis.set_xlabel("$x_1$  (rewarded to the right)")
+    axis.set_aspect("equal")
+    axis.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("$x_2$")
+show(figure, "04_points")
+
+# %%
+figure = Figure(figsize=(10, 3.2), layout="constrained")
+axes = figure.subplots(1, 3)
+axes[0].plot([v["update"] for v in curves.val], [v["val/reward"] for v in curves.val], "o-", color="#c8553d", ms=4)
+for estimate, name, line in ((reward_base, "base", ":"), (reward_exact, "exact tilt", "--")):
+    axes[0].axhline(estimate.mean, color="#2b6777", ls=line, label=name)
+axes[0].legend(frameon=False, fontsize=9)
+axes[0].set_title("own validation: reward", fontsize=10)
+axes[1].plot([r["train/value"] for r in curves.train], color="#1b1b1b", lw=1)
+axes[1].set_title("own second loss: value network", fontsize=10)
+axes[2].plot(t.numpy(), explained.numpy(), "o-", color="#1b1b1b", ms=3)
+axes[2].set_title("what it explains of a path's reward", fontsize=10)
+for axis, label in zip(axes, ("update", "update", "t  (noise 0, data 1)"), strict=True):
+    axis.set_xlabel(label)
+    axis.spines[["top", "right"]].set_visible(False)
+for axis, label in zip(axes, ("mean reward", "mean squared error", "part of the variance"), strict=True):
+    axis.set_ylabel(label)
+show(figure, "04_curves")

@@ -1,5 +1,6 @@
 """What the notebooks share: a Trainer that is quiet, and pictures that are kept."""
 
+import io
 import logging
 import sys
 import tempfile
@@ -10,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 __all__ = ["PICTURES", "show", "trainer"]
 
@@ -32,11 +34,12 @@ def trainer(callbacks: list[L.Callback], updates: int, **more: Any) -> L.Trainer
 
 
 def show(figure: Figure, name: str) -> None:
-    """Keep a figure as `pictures/<name>.png`, and display it where a notebook runs."""
-    path = PICTURES / f"{name}.png"
+    """Keep a figure as `pictures/<name>.png`, in 128 colours, and display it where a notebook runs."""
+    path, drawn = PICTURES / f"{name}.png", io.BytesIO()
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(drawn, dpi=110)
+    Image.open(drawn).convert("RGB").quantize(128).save(path, optimize=True)
     if "ipykernel" in sys.modules:
-        from IPython.display import Image, display
+        from IPython import display
 
-        display(Image(filename=str(path)))
+        display.display(display.Image(filename=str(path)))
