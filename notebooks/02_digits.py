@@ -24,7 +24,7 @@ from lightning_tilt.tasks import AdjointMatchingTask
 
 PROMPTS = ["a handwritten zero", "a handwritten three", "a handwritten four", "a handwritten seven"]
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
-LAM, STEPS, UPDATES = 50.0, 10, 20
+LAM, STEPS, UPDATES = 35.0, 10, 20
 
 L.seed_everything(0, verbose=False)
 module = AdjointMatchingTask(

@@ -120,10 +120,10 @@ left, left_home = tune(
 say(left)
 
 # %%
-ODE = {"steps": 8, "transition": DDIM(ddim_eta=0.0), "base_last_step": False, "rollout_every": 8}
+ODE = {"steps": 8, "transition": DDIM(ddim_eta=0.0), "base_last_step": False, "rollout_every": 10}
 small, small_home = tune(
-    TiltMatchingTask, Small(), 80, 2e-3, ODE | {"samples_per_condition": 16}, lam=1.0, variant="explicit",
-    level_ess=0.7, noisings=2,
+    TiltMatchingTask, Small(), 80, 2e-3, ODE | {"samples_per_condition": 16}, lam=1.5, variant="explicit",
+    level_ess=0.9, noisings=2,
 )  # fmt: skip
 say(small)
 
