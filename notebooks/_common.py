@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ __all__ = ["PICTURES", "show", "trainer"]
 
 PICTURES = Path(__file__).resolve().parent / "pictures"
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # of image processors that are not used here
 torch.set_num_threads(1)  # many small tensors: one thread is the fastest
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")
