@@ -192,10 +192,10 @@ class Curves(L.Callback):
         self.val.append({k: float(v) for k, v in trainer.callback_metrics.items()} | {"update": trainer.global_step})
 
 
-UPDATES = 150
+UPDATES = 100
 module = Tuned(deepcopy(pretrained.network), lr=2e-3, lam=LAM, checkpoint=False)
 sampler, curves = TrajectorySampler(steps=25, samples_per_condition=1), Curves()
-run = trainer([sampler, curves], UPDATES, val_check_interval=25, log_every_n_steps=1)
+run = trainer([sampler, curves], UPDATES, val_check_interval=10, log_every_n_steps=1)
 held_out = loader(4, 256)
 run.validate(module, held_out, verbose=False)  # the untuned model
 run.fit(module, loader(UPDATES, 128), held_out)
@@ -250,7 +250,7 @@ assert log_z[1].ess > max(0.8, log_z[0].ess)
 assert abs(explained[0]) < 0.2 and explained[-1] > 0.9
 
 # %%
-figure = Figure(figsize=(10, 3.4), layout="constrained")
+figure = Figure(figsize=(10, 2.7), layout="constrained")
 generator = torch.Generator().manual_seed(0)
 drawn = torch.multinomial(torch.softmax(base_w, 0), 2000, replacement=True, generator=generator)
 sets = {"base": base.end[:2000], "exact tilt (base, reweighted)": base.end[drawn], "tuned": tuned.end[:2000]}
