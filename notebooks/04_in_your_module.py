@@ -21,8 +21,6 @@ from torch.utils.data import DataLoader
 from lightning_tilt import AdjointMatching, Frozen, Predictor, RectifiedFlow, Reward, TrajectorySampler
 from lightning_tilt.identities import expectation, log_partition, mean
 
-L.seed_everything(0, verbose=False)
-
 # %% [markdown]
 # ## The module that was there before
 #
@@ -82,6 +80,7 @@ def loader(batches, size):
     return DataLoader(moons(batches * size), batch_size=size)
 
 
+L.seed_everything(0, verbose=False)
 pretrained = FlowModule(Velocity(), lr=5e-3)
 trainer([], 1500).fit(pretrained, loader(1500, 256))
 
@@ -247,7 +246,7 @@ print(f"variance explained by the value network: {explained[0]:.2f} at t = 0, {e
 assert abs(log_z[0].mean - log_z[1].mean) < 4 * (log_z[0].se ** 2 + log_z[1].se ** 2) ** 0.5
 assert 0.85 < way < 1.1
 assert log_z[1].ess > max(0.8, log_z[0].ess)
-assert abs(explained[0]) < 0.2 and explained[-1] > 0.9
+assert explained[0] < 0.1 and explained[-1] > 0.9
 
 # %%
 figure = Figure(figsize=(10, 2.7), layout="constrained")
