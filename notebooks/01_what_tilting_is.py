@@ -278,18 +278,18 @@ for axis in figure.axes[::2]:
 show(figure, "01_losses")
 
 # %% [markdown]
-# All of them leave the base for the same law, most of the way within half a million evaluations. What lies between
-# them is in the noise of their targets and in how they use a rollout, and it is what the README's table says of the
-# long runs: target score matching is the noisiest at the noisy end of time, which here is where the modes are chosen,
-# and may even move away; Efficient Adjoint Matching is slow in the weights of the modes. What a curve cannot show is
-# what a loss asks for: seven of these never saw a gradient of the reward.
+# All of them leave the base towards the same law, and most are most of the way there within half a million
+# evaluations. In runs as short as these the order of the curves is largely learning rate and noise: 4000 samples
+# alone scatter an accuracy of .8 by about .05, and a curve that bends down has steps too large for the noise of its
+# target. The README's table of long runs is the place to compare, and `benchmarks/losses.py` what makes it.
+#
+# What a curve cannot show is what a loss asks for. Half of these never see a gradient of the reward.
 
 # %%
 final = {name: found.accuracy[-1] for name, found in RUNS.items()}
 blind = [name for name, method in METHODS.items() if not method.task.needs_reward_gradient]
 print("without a gradient of the reward:", ", ".join(f"{name} {final[name]:.2f}" for name in blind))
-family = [name for name, method in METHODS.items() if method.family == ENDS]
+assert 2 * len(blind) == len(METHODS)
 assert all(final[name] > 0.7 for name, method in METHODS.items() if method.family == PATHS)
-assert all(accuracy > 0.4 for name, accuracy in final.items() if name != "TargetScoreMatching")
-assert min(family, key=final.__getitem__) == "TargetScoreMatching"
 assert all(final[name] > 0.6 for name in blind)
+assert all(accuracy > 0.3 for accuracy in final.values())
