@@ -26,7 +26,7 @@ def execute(script: Path) -> Path:
     for i, cell in enumerate(notebook.cells):
         cell.id, cell.metadata = f"cell-{i}", nbformat.from_dict({})
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and o.get("text", "shown").strip()]
     written = script.with_suffix(".ipynb")
     nbformat.write(notebook, written)
     return written
