@@ -122,8 +122,8 @@ say(left)
 # %%
 ODE = {"steps": 8, "transition": DDIM(ddim_eta=0.0), "base_last_step": False, "rollout_every": 10}
 small, small_home = tune(
-    TiltMatchingTask, Small(), 80, 2e-3, ODE | {"samples_per_condition": 16}, lam=1.5, variant="explicit",
-    level_ess=0.9, noisings=2,
+    TiltMatchingTask, Small(), 80, 2e-3, ODE | {"samples_per_condition": 16}, lam=1.0, variant="explicit",
+    level_ess=0.85, noisings=2,
 )  # fmt: skip
 say(small)
 
@@ -148,7 +148,7 @@ assert 0.3 < left["way"] < 1.2
 assert 0.3 < small["way"] < 1.3
 
 # %%
-figure = Figure(figsize=(10, 6.6), layout="constrained")
+figure = Figure(figsize=(10, 5.2), layout="constrained")
 for axes, home, name in zip(
     figure.subplots(2, 2, width_ratios=(1.35, 1)), (left_home, small_home), ("LeftHalf", "Small"), strict=True
 ):
