@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 05 Which number to believe
 #
-# A run ends with an effective sample size, a log Z, bounds and a reward.  This notebook shows what each of them says
+# A run ends with an effective sample size, a log Z, bounds and a reward. This notebook shows what each of them says
 # about a model that is right, and then about one that is wrong while nearly all of its numbers look fine.
 #
 # Two rules are taken home:
@@ -14,6 +14,7 @@
 
 # %%
 import math
+from itertools import pairwise
 
 import torch
 from _common import show, trainer
@@ -75,22 +76,21 @@ _, figure = curves.look(good)
 show(figure, "05_ess")
 
 # %% [markdown]
-# Left: ESS of the rollouts of training, right: ESS of the weights of the trained model up to each time.  On the way the
-# model leaves the base, and the ESS against the base falls; the reward at the end brings it back.  That it comes back is
-# what says that the control did what the reward asks.
+# Left: ESS of the rollouts of training, right: ESS of the weights of the trained model up to each time. On the way the
+# model leaves the base, and the ESS against the base falls; the reward at the end brings it back. That it comes back
+# is what says that the control did what the reward asks.
 #
-# Now the work, the log weight, from both sides.  *Forward* paths are the model's; their mean is a lower bound of log Z
-# (ELBO), and below it by the divergence of the model from the truth.  *Backward* paths are samples of the truth that
-# are noised; their mean is an upper bound (EUBO).  The two histograms cross at log Z, and Bennett's ratio is the
+# Now the work, the log weight, from both sides. *Forward* paths are the model's; their mean is a lower bound of log Z
+# (ELBO), and below it by the divergence of the model from the truth. *Backward* paths are samples of the truth that
+# are noised; their mean is an upper bound (EUBO). The two histograms cross at log Z, and Bennett's ratio is the
 # estimate of least variance that both together allow.
 
 # %%
 numbers, figure = WorkHistograms(samples=4000).look(good)
-save(figure, "05_work_right")
+show(figure, "05_work_right")
 for key in ("elbo", "log_z_forward", "log_z_bennett", "eubo"):
     print(f"{key:14s} {numbers[key]['mean']:8.4f} +- {numbers[key]['se']:.4f}")
 print(f"exact          {density.log_z:8.4f}      ESS {numbers['ess']:.3f}")
-figure
 
 # %%
 assert numbers["ends"] == "exact" and numbers["ess"] > 0.8
@@ -102,9 +102,9 @@ assert numbers["log_z_bennett"]["se"] < numbers["log_z_forward"]["se"]
 # %% [markdown]
 # ## 2. Few paths flatter
 #
-# A progress bar shows the ESS of a handful of paths a prompt.  With n paths it can never be below 1/n, and its mean is
-# above the truth: of the *untuned* base on this density four paths report nearly twice what is there, thirty-two a tenth
-# too much.
+# A progress bar shows the ESS of a handful of paths a prompt. With n paths it can never be below 1/n, and its mean is
+# above the truth: of the *untuned* base on this density four paths report nearly twice what is there, thirty-two a
+# tenth too much.
 
 # %%
 _, log_w = weights(good, samples=65536, base=True)
@@ -123,14 +123,14 @@ axis.spines[["top", "right"]].set_visible(False)
 show(figure, "05_few_paths")
 
 # %%
-assert all(a >= b - 0.02 for a, b in zip(seen, seen[1:], strict=False))  # it falls with n
+assert all(a >= b - 0.02 for a, b in pairwise(seen))  # it falls with n
 assert seen[0] > 1.5 * truth and abs(seen[-1] - truth) < 0.1 * truth
 
 # %% [markdown]
 # ## 3. A model that is wrong, and does not know
 #
-# Two Gaussians, 30 % at (-4, -4) and 70 % at (2, 2), normalised: log Z = 0.  The base is N(2, 1) in either coordinate:
-# it sits on the second mode and never comes near the first.  We pretend to know the energy alone, as one does.
+# Two Gaussians, 30 % at (-4, -4) and 70 % at (2, 2), normalised: log Z = 0. The base is N(2, 1) in either coordinate:
+# it sits on the second mode and never comes near the first. We pretend to know the energy alone, as one does.
 
 # %%
 LEFT, RIGHT, STD = torch.tensor([-4.0, -4.0]), torch.tensor([2.0, 2.0]), 0.6
@@ -164,8 +164,8 @@ for key in ("elbo", "log_z_forward", "log_z_bennett", "eubo"):
 print(f"what is true      0.0000, and log .7 = {math.log(0.7):.4f}")
 
 # %% [markdown]
-# An ESS above .9, bounds that are tight, a small standard error, forward and Bennett's estimates that agree: and log Z is
-# wrong by .36, a hundred standard errors.  All of it is right *about the mode that was visited*: log Z is log .7.
+# An ESS above .9, bounds that are tight, a small standard error, forward and Bennett's estimates that agree: and log Z
+# is wrong by .36, a hundred standard errors. All of it is right *about the mode that was visited*: log Z is log .7.
 # Without samples of the truth the backward paths start at the model's own end points, resampled by their weights, and
 # those know the other mode as little.
 #
@@ -175,13 +175,12 @@ print(f"what is true      0.0000, and log .7 = {math.log(0.7):.4f}")
 wrong.reward = TwoModes()
 wrong.reward.bind(wrong.predictor)
 numbers, figure = WorkHistograms(samples=4000).look(wrong)
-save(figure, "05_work_wrong")
+show(figure, "05_work_wrong")
 print(f"ends: {numbers['ends']}; EUBO {numbers['eubo']['mean']:.1f}, ELBO {numbers['elbo']['mean']:.3f}")
 print(f"overlap of both sides {numbers['overlap']:.3f}, Bennett {numbers['log_z_bennett']['mean']:.3f}")
-figure
 
 # %% [markdown]
-# Three in ten backward paths lie far to the right: the model would nearly never make them.  The gap between the bounds
+# Three in ten backward paths lie far to the right: the model would nearly never make them. The gap between the bounds
 # is what to look at; a tight pair of bounds whose upper side is made of the model's own ends is no second opinion.
 # Bennett's ratio, which weighs both sides, is right even now: the samples of the truth carry what the model does not
 # know.
@@ -197,8 +196,8 @@ assert numbers["eubo"]["mean"] > 3 > numbers["elbo"]["mean"] + 3  # the truth do
 # %% [markdown]
 # ## 4. What helps
 #
-# A base that covers: N(0, 4^2) sees both modes from the start.  Training from it is harder, the ESS is lower, and the
-# number is right.  **The lower ESS is the one to believe.**
+# A base that covers: N(0, 4^2) sees both modes from the start. Training from it is harder, the ESS is lower, and the
+# number is right. **The lower ESS is the one to believe.**
 
 # %%
 covering, _ = tuned(GaussianBase([2], scale=4.0), TwoModes())
@@ -239,5 +238,5 @@ assert forward_ess(weights(covering)[1]) > 0
 # | ESS from a base that covers | all of it | what that base does not cover |
 #
 # For fine-tuning the base *defines* what is covered, since p* has no mass where p_base has none; there the danger is a
-# model that lost a mode on the way.  `TiltReport` reweights base samples for that: `reward_exact` and `log_z_base` do not
-# come from the tuned model, and the tuned one has to agree with both.
+# model that lost a mode on the way. `TiltReport` reweights base samples for that: `reward_exact` and `log_z_base` do
+# not come from the tuned model, and the tuned one has to agree with both.

@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 06 The papers' claims, drawn
 #
-# *A unified perspective on fine-tuning and sampling with diffusion and flow models* (2605.00229) and *Adjoint Matching*
-# (2409.08861) make statements about targets and adjoints that can be looked at on a problem whose answer is known:
+# *A unified perspective on fine-tuning and sampling with diffusion and flow models* (2605.00229) and *Adjoint
+# Matching* (2409.08861) make statements about targets and adjoints that can be looked at on a problem whose answer is
+# known:
 #
 # 1. Every regression has a bias, which training removes, and a variance, which it cannot.  Towards the noise the
 #    variance of *target* score matching grows as 1/alpha^2, towards the data that of *conditional* score matching as
@@ -37,9 +38,9 @@ LOOKS = {
 # %% [markdown]
 # ## 1. Variances over time
 #
-# The base is the two-dimensional mixture, the reward quadratic, the process a rectified flow: `X_t = t X_1 + (1 - t) eps`.
-# The base, its tilt, `X_1 | X_t` and the score are closed forms, so nothing below is trained: the four targets are
-# drawn at exact samples `X_t ~ p*_t`, sixteen of them a state.  All four have the same mean, the score of the tilt.
+# The base is the two-dimensional mixture, the reward quadratic, the process a rectified flow: `X_t = t X_1 + (1 - t)
+# eps`. The base, its tilt, `X_1 | X_t` and the score are closed forms, so nothing below is trained: the four targets
+# are drawn at exact samples `X_t ~ p*_t`, sixteen of them a state. All four have the same mean, the score of the tilt.
 
 # %%
 mixture, reward = the_mixture()
@@ -77,10 +78,11 @@ axes[0].legend(frameon=False, fontsize=8, loc="lower center")
 show(figure, "06_variances")
 
 # %% [markdown]
-# Time is stretched at both ends.  The dotted lines are the powers that the papers name, drawn three times above the
-# curves that they belong to.  Halving the distance to an end makes the infinite variances four times as large, and that is asserted here to a tenth; the finite ones are small
-# at both ends.  In the middle Adjoint Matching's variance is not small: its adjoint passes through the saddle between the
-# modes of the base, where the Jacobian is large, and a few paths carry it (section 3).
+# Time is stretched at both ends. The dotted lines are the powers that the papers name, drawn three times above the
+# curves that they belong to. Halving the distance to an end makes the infinite variances four times as large, and that
+# is asserted here to a tenth; the finite ones are small at both ends. In the middle Adjoint Matching's variance is not
+# small: its adjoint passes through the saddle between the modes of the base, where the Jacobian is large, and a few
+# paths carry it (section 3).
 
 # %%
 for name, k in (("target", 0), ("conditional", -1)):
@@ -97,8 +99,8 @@ for name in ("novel", "adjoint"):
 assert float(found["target"][0][0]) > 1e5 and float(found["conditional"][0][-1]) > 1e5
 
 # %% [markdown]
-# *Adjoint Sampling* is not a fifth curve: for a Gaussian base its target is novel score matching's, state by state.  Here
-# is the check, with N(0, I) as the base and the adjoint swept step by step, which Adjoint Sampling need not do.
+# *Adjoint Sampling* is not a fifth curve: for a Gaussian base its target is novel score matching's, state by state.
+# Here is the check, with N(0, I) as the base and the adjoint swept step by step, which Adjoint Sampling need not do.
 
 # %%
 normal = GaussianMixturePredictor([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]]).mixture
@@ -110,7 +112,7 @@ assert gap < 1e-9
 # %% [markdown]
 # ## 2. What training removes
 #
-# `TargetVariance` measures both parts along paths of any model, by nested samples.  It looks at Adjoint Matching before
+# `TargetVariance` measures both parts along paths of any model, by nested samples. It looks at Adjoint Matching before
 # the first update and after the last.
 
 # %%
@@ -169,20 +171,22 @@ for before, after in zip(steps["before"]["times"], steps["after"]["times"], stri
         assert abs(v0["mean"] - v1["mean"]) < 4 * math.hypot(v0["se"], v1["se"])
 
 # %% [markdown]
-# Near the data the bias falls to a hundredth while the variance does not move.  Towards the noise no bias is seen, before
-# or after: there the variance of these few paths is larger than it, and that is what a batch has to average away.
+# Near the data the bias falls to a hundredth while the variance does not move. Towards the noise no bias is seen,
+# before or after: there the variance of these few paths is larger than it, and that is what a batch has to average
+# away.
 
 # %% [markdown]
 # ## 3. How long the lean adjoint is
 #
-# The adjoint starts at the end, `a = -lam grad r`, and runs backwards through the base alone.  If `-hess log p_base >= m I`,
+# The adjoint starts at the end, `a = -lam grad r`, and runs backwards through the base alone. If `-hess log p_base >=
+# m I`,
 #
 #     |a_t| <= alpha_t/(alpha_t^2 + m beta_t^2) |a_1|
 #
-# Three bases: N(0, I/m), where it is an equality; a Gaussian whose smallest precision is m, where it is a bound; and the
-# mixture, which is no log-concave law at all.  For that one we draw the formula with the smallest precision of its
-# *components*, as somebody might who forgets that a mixture of log-concave laws is not log-concave, beside what does hold
-# for any base: the product of the largest singular values of the steps' Jacobians.
+# Three bases: N(0, I/m), where it is an equality; a Gaussian whose smallest precision is m, where it is a bound; and
+# the mixture, which is no log-concave law at all. For that one we draw the formula with the smallest precision of its
+# *components*, as somebody might who forgets that a mixture of log-concave laws is not log-concave, beside what does
+# hold for any base: the product of the largest singular values of the steps' Jacobians.
 
 
 # %%
@@ -234,5 +238,5 @@ assert broken["ratio_max"] > 2
 assert all(a <= b * (1 + 1e-4) for a, b in zip(broken["mean"], broken["growth"], strict=True))
 
 # %% [markdown]
-# The last panel is the reason for the hump in the first picture: between the modes the adjoint grows.  It is also why
+# The last panel is the reason for the hump in the first picture: between the modes the adjoint grows. It is also why
 # `loss_cap` exists, and why `AdjointNorm` is a callback: on a base that nobody has a formula for, one looks.

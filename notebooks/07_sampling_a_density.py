@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 07 Sampling a density
 #
-# An unnormalised density `exp(-E)` is the tilt of a Gaussian base by `-E - log p_base`: the losses that fine-tune image
-# models sample it, and log Z of the run is that of the density.  This notebook takes an energy of one line, trains a
-# sampler by Adjoint Sampling, and asks how good the samples are, with the distance that *perfect* samples would have
-# beside each number.
+# An unnormalised density `exp(-E)` is the tilt of a Gaussian base by `-E - log p_base`: the losses that fine-tune
+# image models sample it, and log Z of the run is that of the density. This notebook takes an energy of one line,
+# trains a sampler by Adjoint Sampling, and asks how good the samples are, with the distance that *perfect* samples
+# would have beside each number.
 
 # %%
 import math
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from lightning_tilt.callbacks import TrajectorySampler
 from lightning_tilt.data import DrawsDataModule
-from lightning_tilt.identities import ess, expectation, log_partition
+from lightning_tilt.identities import expectation, log_partition
 from lightning_tilt.metrics import Wasserstein2, noise_floor, sliced_wasserstein2
 from lightning_tilt.models import GaussianBase, NeuralTilt
 from lightning_tilt.rewards.density import Density
@@ -27,23 +27,28 @@ from lightning_tilt.transition import ExactGaussian
 # %% [markdown]
 # ## 1. An energy
 #
-# A ring of radius 3 with three bright places: `E(x) = 5 (|x| - 3)^2 - (x_1^3 - 3 x_1 x_2^2)/27`; the last term is
-# `-cos(3 phi)` on the ring.  That is all a user needs: a function of a batch of states.  On the command line it is
+# A ring of radius 3 with three bright places, in polar coordinates
+#
+#     E = 2 (rho - 3)^2 - k(rho) cos 3 phi,        k = 2 rho^3/(rho^3 + 27)
+#
+# That is all a user needs: a function of a batch of states. On the command line it would be
 # `--model.reward FunctionDensity --model.reward.function my_energies.ring`.
 
 
 # %%
 def ring(x: torch.Tensor) -> torch.Tensor:
     """(B, 2) -> (B,)."""
-    return 5 * (x.norm(dim=1) - 3) ** 2 - (x[:, 0] ** 3 - 3 * x[:, 0] * x[:, 1] ** 2) / 27
+    rho = x.norm(dim=1)
+    return 2 * (rho - 3) ** 2 - 2 * (x[:, 0] ** 3 - 3 * x[:, 0] * x[:, 1] ** 2) / (rho**3 + 27)
 
 
-UPDATES, EVERY, STEPS = 400, 20, 40
+UPDATES, EVERY, NOISINGS, STEPS = 400, 20, 4, 60
 base = GaussianBase([2], scale=2.5)
 torch.manual_seed(0)
 task = AdjointSamplingTask(
-    NeuralTilt(base, hidden=96, input_scale=2.5), FunctionDensity(ring), noisings=4, time_sampling="importance",
-    t_min=0.01, t_max=0.99, path_weights="self_normalised", checkpoint=False,
+    NeuralTilt(base, hidden=96, input_scale=2.5, guide=FunctionDensity(ring)), FunctionDensity(ring),
+    noisings=NOISINGS, time_sampling="importance", t_min=0.01, t_max=0.99, path_weights="self_normalised",
+    checkpoint=False,
     optimizer=lambda p: torch.optim.Adam(p, lr=5e-3, betas=(0.9, 0.99)),
     lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.03, total_iters=UPDATES),
 )  # fmt: skip
@@ -53,18 +58,18 @@ sampler = TrajectorySampler(
 )  # fmt: skip
 trainer([sampler], UPDATES).fit(task, DrawsDataModule(1024, UPDATES).train_dataloader())
 count = sampler.evaluations
-print(
-    f"{count.pairs / count.reward:.0f} supervised pairs an energy evaluation, {count.forwards_per_pair:.1f} forwards a pair"
-)
+print(f"{NOISINGS * EVERY} supervised pairs an end point, {count.forwards_per_pair:.1f} forwards a pair")
+print(f"{count.reward / count.pairs:.1f} energies a pair, nearly all of them the guide's")
 
 # %% [markdown]
 # End points are kept in a buffer and noised again and again: one simulation and one gradient of the energy serve many
-# updates.  That matters where the energy is the expensive part.
+# updates. The `guide` is the other choice: the gradient of the energy at the predicted end point helps the network, and
+# costs an energy with every call. Where the energy is expensive, leave it out and take more updates.
 #
 # ## 2. Numbers that need no truth
 #
-# Of the trained model's own paths come ESS and log Z with its standard error, and every expectation under the density by
-# the weights of the paths.  (What they cannot tell is in notebook 05.)
+# Of the trained model's own paths come ESS and log Z with its standard error, and every expectation under the density
+# by the weights of the paths. (What they cannot tell is in notebook 05.)
 
 
 # %%
@@ -79,28 +84,26 @@ def paths(n: int, of_base: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
 x, log_w = paths(8000)
 x_base, log_w_base = paths(8000, of_base=True)
 log_z = log_partition(log_w)
-print(f"tuned: ESS {ess(log_w):.3f}, log Z {log_z.mean:.4f} +- {log_z.se:.4f}")
-print(
-    f"base:  ESS {ess(log_w_base):.3f}, log Z {log_partition(log_w_base).mean:.4f} +- {log_partition(log_w_base).se:.4f}"
-)
+for name, found in (("tuned", log_z), ("base", log_partition(log_w_base))):
+    print(f"{name:5s} ESS {found.ess:.3f}, log Z {found.mean:.4f} +- {found.se:.4f}")
 print(f"mean energy: {ring(x).mean():.4f} of the samples, {expectation(ring(x), log_w).mean:.4f} by weight")
 
 # %% [markdown]
 # ## 3. With the truth beside it
 #
-# This energy was chosen so that everything is known: the radius by an integral in one dimension, the angle by a von Mises
-# law.  A `Density` says what it knows, and `TiltReport` then writes all of the following by itself.
+# This energy was chosen so that everything is known: the radius by an integral in one dimension, the angle by a von
+# Mises law. A `Density` says what it knows, and `TiltReport` then writes all of the following by itself.
 
 
 # %%
 class Ring(Density):
-    """exp(-E) of `ring`, with its log Z and exact samples: the angle given r is von Mises' of concentration r^3/27."""
+    """exp(-E) of `ring`, with log Z and exact samples: given rho the angle is von Mises', of concentration k(rho)."""
 
-    r = torch.linspace(0, 8, 40001, dtype=torch.float64)
+    rho = torch.linspace(0, 9, 40001, dtype=torch.float64)
+    k = 2 * rho**3 / (rho**3 + 27)
     # int exp(k cos 3 phi) dphi = 2 pi I_0(k)
-    radial = torch.exp(-5 * (r - 3) ** 2) * r * 2 * math.pi * torch.special.i0(r**3 / 27)
-    radial[r > 6] = 0  # where r^3 begins to win, and exp(-E) has long been nothing; it is not integrable beyond
-    log_z = float(torch.trapezoid(radial, r).log())
+    radial = torch.exp(-2 * (rho - 3) ** 2) * rho * 2 * math.pi * torch.special.i0(k)
+    log_z = float(torch.trapezoid(radial, rho).log())
 
     def energy(self, x: torch.Tensor) -> torch.Tensor:
         """(B, 2) -> (B,)."""
@@ -109,12 +112,13 @@ class Ring(Density):
     def reference(self, n: int, seed: int = 0) -> torch.Tensor:
         """Exact samples, (n, 2)."""
         generator = torch.Generator().manual_seed(seed)
-        r = self.r[torch.multinomial(self.radial, n, replacement=True, generator=generator)]
+        i = torch.multinomial(self.radial, n, replacement=True, generator=generator)
+        rho = self.rho[i]
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            phi = torch.distributions.VonMises(torch.zeros(n).double(), r**3 / 27).sample()
+            phi = torch.distributions.VonMises(torch.zeros(n).double(), self.k[i].clamp(min=1e-9)).sample()
         phi = (phi + 2 * math.pi * torch.randint(3, (n,), generator=generator)) / 3
-        return torch.stack([r * phi.cos(), r * phi.sin()], 1).float()
+        return torch.stack([rho * phi.cos(), rho * phi.sin()], 1).float()
 
 
 truth = Ring()
@@ -140,7 +144,7 @@ show(figure, "07_samples")
 # %% [markdown]
 # ## 4. A distance means nothing without its floor
 #
-# Two sets of N *perfect* samples are apart too.  The floor is that distance, truth against truth, at the same N.  A
+# Two sets of N *perfect* samples are apart too. The floor is that distance, truth against truth, at the same N. A
 # sliced W2 of 0.1 may be a poor sampler at N = 8000 and a perfect one at N = 500.
 
 # %%
@@ -186,8 +190,9 @@ assert values["base"][-1] > 5 * floors[-1].mean and values["tuned"][-1] < 0.5 * 
 # %% [markdown]
 # ## 5. Weights are part of the sampler
 #
-# The tuned model is not perfect, and its weights know by how much.  `Wasserstein2` takes log weights, and gives value and
-# floor of the same N.  Here it measures the exact distance, the base's samples, the tuned ones, and both again by weight.
+# The tuned model is not perfect, and its weights know by how much. `Wasserstein2` takes log weights, and gives value
+# and floor of the same N. Here it measures the exact distance, the base's samples, the tuned ones, and both again by
+# weight.
 
 # %%
 N = 1500
@@ -199,13 +204,12 @@ for name, points, w in (
     metric.update(points[:N], None if w is None else w[:N])
     table[name] = metric.compute()
 for name, row in table.items():
-    print(
-        f"{name:16s} W2 {float(row['wasserstein2']):.3f}   floor {float(row['wasserstein2_floor']):.3f} +- {float(row['wasserstein2_floor_se']):.3f}"
-    )
+    value, floor, se = (float(row["wasserstein2" + end]) for end in ("", "_floor", "_floor_se"))
+    print(f"{name:16s} W2 {value:.3f}   floor {floor:.3f} +- {se:.3f}")
 assert float(table["tuned"]["wasserstein2"]) < 0.5 * float(table["base"]["wasserstein2"])
 
 # %% [markdown]
 # A weighted sample of N points is worth about ESS x N of them, so its own floor is that of fewer samples: the weighted
-# base, of low ESS, is right on average and coarse.  What training buys is the ESS.
+# base, of low ESS, is right on average and coarse. What training buys is the ESS.
 #
 # The same lines serve `GMM40`, `ManyWell32`, `DoubleWell4`, `LennardJones13`, `Phi4`: `configs/densities/`.

@@ -1,13 +1,13 @@
 # %% [markdown]
 # # 08 Steering without training
 #
-# Sequential Monte Carlo draws from the tilt without a single update.  Particles run through the base's own chain; on the
-# way each is judged by the reward of its *predicted* end point, the promising ones are copied, the others are dropped.
-# The weights that are left give log Z without bias, at any number of steps, for any way of judging; a bad judge costs
-# variance alone.
+# Sequential Monte Carlo draws from the tilt without a single update. Particles run through the base's own chain; on
+# the way each is judged by the reward of its *predicted* end point, the promising ones are copied, the others are
+# dropped. The weights that are left give log Z without bias, at any number of steps, for any way of judging; a bad
+# judge costs variance alone.
 #
-# This notebook steers a mixture whose answer is known, sets log Z beside that of a tuned model, asks when training pays,
-# and then steers the digits.
+# This notebook steers a mixture whose answer is known, sets log Z beside that of a tuned model, asks when training
+# pays, and then steers the digits.
 
 # %%
 
@@ -45,8 +45,8 @@ def steer(smc: SMC, predictor=base, seed: int = 1) -> tuple[Steered, int]:
 # %% [markdown]
 # ## 1. Five ways to the same number
 #
-# At lam = 3 the tilt has moved far from the base.  The number to hit is log Z of the chain of forty steps, which a quarter
-# of a million weighted base paths know well; the five below have 4096 paths each.
+# At lam = 3 the tilt has moved far from the base. The number to hit is log Z of the chain of forty steps, which a
+# quarter of a million weighted base paths know well; the five below have 4096 paths each.
 #
 # * the base's samples, weighted at the end by `exp(lam r)`: nothing is judged on the way
 # * steered: judged by the reward of the predicted end point, resampled when the ESS falls below a half
@@ -110,10 +110,10 @@ for axis in (left, right):
 show(figure, "08_log_z")
 
 # %% [markdown]
-# All five agree: that is what "unbiased for any judge" means.  They differ in their error bars.  Steering is resampled
-# some times on the way and arrives with an ESS that the plain weights are far from; the tuned model's paths need little
-# resampling at all.  Plain base and tuned curves are 1 until the end: without a judge, nothing is weighed before it.
-# (The tuned one's weight is kept with the steps, so that it falls on the way.)
+# All five agree: that is what "unbiased for any judge" means. They differ in their error bars. Steering is resampled
+# some times on the way and arrives with an ESS that the plain weights are far from; the tuned model's paths need
+# little resampling at all. Plain base and tuned curves are 1 until the end: without a judge, nothing is weighed before
+# it. (The tuned one's weight is kept with the steps, so that it falls on the way.)
 
 # %%
 for name, run in found.items():
@@ -160,7 +160,7 @@ assert float((means["steered"] - tilted.mean).norm()) < 0.2 * float((means["base
 # %% [markdown]
 # ## 3. When training pays
 #
-# Steering pays for every sample anew, training pays once.  In network evaluations, per *effective* sample:
+# Steering pays for every sample anew, training pays once. In network evaluations, per *effective* sample:
 
 # %%
 price = {name: cost[name] / last[name] for name in ("steered", "steered, guided", "tuned, weighted")}
@@ -173,14 +173,14 @@ print(
 assert even > 0
 
 # %% [markdown]
-# A tuned model that is deployed needs no base evaluation beside it (its weights do), which is the forty of the last line.
-# Few samples, a reward that changes by the hour, a reward without gradient: steer.  Many samples of one tilt: train, and
-# steer the tuned model where the last per cents matter.
+# A tuned model that is deployed needs no base evaluation beside it (its weights do), which is the forty of the last
+# line. Few samples, a reward that changes by the hour, a reward without gradient: steer. Many samples of one tilt:
+# train, and steer the tuned model where the last per cents matter.
 #
 # ## 4. The digits
 #
-# The same on the small text-to-image model.  On the command line this is
-# `lightning-tilt predict --config configs/digits/sd15_adjoint_matching.yaml --steering smc`.
+# The same on the small text-to-image model. On the command line this is `lightning-tilt predict --config
+# configs/digits/sd15_adjoint_matching.yaml --steering smc`.
 
 # %%
 torch.manual_seed(0)
@@ -198,10 +198,9 @@ log_z = Estimate(**steered.found[0]["log_z"])
 exact = sum(float((row.softmax(0) * s).sum()) for row, s in zip(LAM_INK * r["base"], r["base"], strict=True)) / len(
     prompts
 )
+ess_base = sum(ess(LAM_INK * row) for row in r["base"]) / len(prompts)
 print(f"log Z, a mean over {len(prompts)} prompts")
-print(
-    f"  base, weighted {weighted.mean:.3f} +- {weighted.se:.3f}   ESS {sum(ess(LAM_INK * row) for row in r['base']) / 4:.2f}"
-)
+print(f"  base, weighted {weighted.mean:.3f} +- {weighted.se:.3f}   ESS {ess_base:.2f}")
 print(f"  steered        {log_z.mean:.3f} +- {log_z.se:.3f}   ESS {steered.found[0]['ess'][-1]:.2f}")
 print(f"ink: base {float(r['base'].mean()):.4f}, steered {float(r['steered'].mean()):.4f}, base by weight {exact:.4f}")
 
@@ -224,5 +223,5 @@ assert abs(log_z.mean - weighted.mean) < 4 * (log_z.se**2 + weighted.se**2) ** 0
 assert float(r["steered"].mean()) > float(r["base"].mean()) + 0.5 * (exact - float(r["base"].mean()))
 
 # %% [markdown]
-# The steered digits are the base's own, the bolder ones of them.  Some appear more than once: 64 particles that were
-# resampled have fewer ancestors.  More particles, or a tuned model under them, mend that.
+# The steered digits are the base's own, the bolder ones of them. Some appear more than once: 64 particles that were
+# resampled have fewer ancestors. More particles, or a tuned model under them, mend that.

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 09 From the digits to Stable Diffusion on your cluster
 #
-# The digits models are Stable Diffusion 1.5 and 3 made small: the same classes of diffusers, the same kinds of scheduler
-# and text encoder, the same command.  This notebook walks from one to the other without downloading anything:
+# The digits models are Stable Diffusion 1.5 and 3 made small: the same classes of diffusers, the same kinds of
+# scheduler and text encoder, the same command. This notebook walks from one to the other without downloading anything:
 #
 # 1. what differs between the configurations
 # 2. a rehearsal: the real recipe, on the small model, on this CPU
@@ -77,9 +77,9 @@ assert set(swapped) <= {
 }  # fmt: skip
 
 # %% [markdown]
-# Another predictor, another folder, micro-batches for the larger network: loss, optimiser, data and sampler are the same.
-# From the digits to Stable Diffusion 1.5 more is different, and every line has a reason: a large network is tuned in
-# bfloat16 with checkpoints inside, prompts are encoded ahead, twenty of forty steps are supervised.
+# Another predictor, another folder, micro-batches for the larger network: loss, optimiser, data and sampler are the
+# same. From the digits to Stable Diffusion 1.5 more is different, and every line has a reason: a large network is
+# tuned in bfloat16 with checkpoints inside, prompts are encoded ahead, twenty of forty steps are supervised.
 
 # %%
 for key, (a, b) in compared(DIGITS, SD15).items():
@@ -88,8 +88,9 @@ for key, (a, b) in compared(DIGITS, SD15).items():
 # %% [markdown]
 # ## 2. A rehearsal
 #
-# The recipe for Stable Diffusion 1.5 as it is, with flags that put the small model, its prompts and a small reward into
-# it.  What fails on a cluster at night fails here in half a minute: a misspelt key, a path, a reward without gradient.
+# The recipe for Stable Diffusion 1.5 as it is, with flags that put the small model, its prompts and a small reward
+# into it. What fails on a cluster at night fails here in half a minute: a misspelt key, a path, a reward without
+# gradient.
 
 # %%
 run = Path(tempfile.mkdtemp())
@@ -113,8 +114,8 @@ assert float(seen["train/loss"]) > 0 and 0 < float(seen["train/reward"]) < 1
 # %% [markdown]
 # ## 3. The real networks, without weights
 #
-# Inside `without_weights` predictors are built by their usual code at their real size and hold no numbers.  Names of the
-# Hub are known to the package by their configurations; nothing is fetched.
+# Inside `without_weights` predictors are built by their usual code at their real size and hold no numbers. Names of
+# the Hub are known to the package by their configurations; nothing is fetched.
 
 # %%
 HUB = {
@@ -136,17 +137,15 @@ for name, (kind, path) in models.items():
     classes[name] = type(network).__name__
     trained = sum(p.numel() for p in predictor.trained_parameters().values())
     assert all(p.device.type == "meta" for p in network.parameters())
-    print(
-        f"{name:24s} {classes[name]:24s} {counts[name]:>14,} parameters, {trained:>12,} trained, states {predictor.state_shape}"
-    )
+    print(f"{name:22s} {classes[name]:22s} {counts[name]:>13,} parameters, {trained:>11,} trained")
 assert counts["SD 1.5"] == 859_520_964 and counts["SD 3"] == 2_028_328_000
 assert classes["SD 1.5"] == classes["digits, SD 1.5's kind"] and classes["SD 3"] == classes["digits, SD 3's kind"]
 
 # %% [markdown]
 # ## 4. What a run needs
 #
-# `--dry_run memory` builds the run of a configuration without weights, follows the tensors of each phase and prints what
-# is in memory when.  It takes seconds, and any flag can be tried.
+# `--dry_run memory` builds the run of a configuration without weights, follows the tensors of each phase and prints
+# what is in memory when. It takes seconds, and any flag can be tried.
 
 # %%
 printed = command("fit", "--config", SD15, "--dry_run", "memory")
@@ -154,7 +153,7 @@ print(printed)
 
 
 # %% [markdown]
-# From Python it is `estimate(Settings.from_config(...))`, of a configuration as `--print_config` prints it.  With it,
+# From Python it is `estimate(Settings.from_config(...))`, of a configuration as `--print_config` prints it. With it,
 # recipes beside each other: on one GPU, and cut over eight by FSDP2.
 
 
@@ -215,9 +214,7 @@ show(figure, "09_memory")
 
 # %%
 for name, e in found.items():
-    print(
-        f"{name:26s} alone {e.peak() / GB:6.2f} GB   8 devices, FSDP2 {sharded[name] / GB:6.2f} GB   {e.forwards['total']:,.0f} forwards an update"
-    )
+    print(f"{name:26s} {e.peak() / GB:6.2f} GB; each of eight, FSDP2: {sharded[name] / GB:6.2f} GB")
     assert e.peak() == sum(parts[name].values())
 lora, full = found["SD 3, LoRA, 512"], found["SD 3, all weights, 512"]
 assert lora.peak() < 24 * GB < full.peak()
@@ -225,7 +222,7 @@ assert sharded["SD 3, all weights, 512"] < 0.6 * full.peak()
 
 # %% [markdown]
 # LoRA's peak is weights and activations: more devices cut little of it, so `ddp` is the strategy and more devices mean
-# more samples.  With all weights trained, gradients, optimiser, average and the frozen copy are what is large, and
+# more samples. With all weights trained, gradients, optimiser, average and the frozen copy are what is large, and
 # those are what FSDP2 cuts.
 #
 # ## 5. The line that starts it
@@ -250,10 +247,10 @@ for overlay, devices in (("ddp", 8), ("fsdp2_sd3", 8), ("fsdp2_sd3", 64)):
 
 # %% [markdown]
 # `data.batch_size` counts the prompts of one process: eight devices train on eight times the samples unless it is
-# divided by eight.  The same samples on any number of processes make the same update: each is numbered among those of
+# divided by eight. The same samples on any number of processes make the same update: each is numbered among those of
 # all processes, and all of its noise is drawn from that number.
 #
 # Before the weights are there, three things can be done: this notebook, `--dry_run memory` for the cards you have, and
-# `--dry_run prompts`, which encodes the prompts ahead where the text encoders are.  The last step is the only one that
-# needs a download: the predictor's `path` is a folder or a name of the Hub.  [docs/cluster.md](../docs/cluster.md) has
+# `--dry_run prompts`, which encodes the prompts ahead where the text encoders are. The last step is the only one that
+# needs a download: the predictor's `path` is a folder or a name of the Hub. [docs/cluster.md](../docs/cluster.md) has
 # strategies, checkpoints and pre-emption.
