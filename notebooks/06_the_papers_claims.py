@@ -146,8 +146,8 @@ for axis, part, title in zip(
     for when, (colour, marker, line) in styles.items():
         rows = steps[when]["times"]
         seen = [(row["t"], row["control"][part]) for row in rows]
-        sure = [(t, v["mean"], v["se"]) for t, v in seen if v["mean"] > 2 * v["se"]]
-        most = [(t, v["mean"] + 2 * v["se"]) for t, v in seen if v["mean"] <= 2 * v["se"]]
+        sure = [(t, v["mean"], v["se"]) for t, v in seen if part == "variance" or v["mean"] > 2 * v["se"]]
+        most = [(t, v["mean"] + 2 * v["se"]) for t, v in seen if part == "bias2" and v["mean"] <= 2 * v["se"]]
         label = f"after {UPDATES} updates" if when == "after" else "the untuned base"
         axis.errorbar(*zip(*sure, strict=True), color=colour, marker=marker, ls=line, ms=4, capsize=2, label=label)
         if most:

@@ -128,7 +128,7 @@ assert abs(log_z.mean - truth.log_z) < 4 * log_z.se < 0.1
 assert abs(expectation(ring(x), log_w).mean - float(ring(reference).mean())) < 4 * expectation(ring(x), log_w).se + 0.02
 
 # %%
-figure = Figure(figsize=(11.0, 3.9), layout="constrained")
+figure = Figure(figsize=(11.0, 4.3), layout="constrained")
 axes = figure.subplots(1, 3, sharex=True, sharey=True)
 grid = torch.linspace(-5, 5, 200)
 plane = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).reshape(-1, 2)
@@ -175,6 +175,9 @@ axis.errorbar(
     label="floor: truth against truth",
 )
 axis.set(xscale="log", yscale="log", xlabel="N, samples on either side", ylabel="sliced W2")
+axis.set_xticks(sizes, [str(n) for n in sizes])
+axis.set_yticks([0.05, 0.1, 0.2, 0.5], ["0.05", "0.1", "0.2", "0.5"])
+axis.minorticks_off()
 axis.legend(frameon=False, fontsize=8)
 axis.spines[["top", "right"]].set_visible(False)
 show(figure, "07_floors")

@@ -14,6 +14,7 @@
 import torch
 from _common import show, trainer
 from matplotlib.figure import Figure
+from torch.utils.data import DataLoader
 
 from lightning_tilt import DDIM, TrajectorySampler
 from lightning_tilt.assets import folder
@@ -190,7 +191,7 @@ plain = TrajectorySampler(steps=16, samples_per_condition=64, seed=0, rollout_mi
 steered = SteeredSampler(plain, SMC(particles=64, replicates=8))
 runs = {}
 for name, callback in (("base", plain), ("steered", steered)):
-    (runs[name],) = trainer([callback], 0, inference_mode=False).predict(digits, [prompts])
+    (runs[name],) = trainer([callback], 0, inference_mode=False).predict(digits, DataLoader(prompts, len(prompts)))
 
 r = {name: run["reward"].double().view(len(prompts), -1) for name, run in runs.items()}
 weighted = stratified([log_partition(LAM_INK * row) for row in r["base"]])

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from _common import PICTURES, show
+import lightning_tilt
+from _common import show
 from matplotlib.figure import Figure
 
 from lightning_tilt.assets import folder
@@ -32,7 +33,7 @@ from lightning_tilt.estimate.sharing import Sharing
 from lightning_tilt.interfaces.skeleton import without_weights
 from lightning_tilt.models import StableDiffusion, StableDiffusion3
 
-ROOT = PICTURES.parent.parent
+ROOT = Path(lightning_tilt.__file__).resolve().parent.parent
 os.chdir(ROOT)  # configurations name their prompts from here
 DIGITS = "configs/digits/sd15_adjoint_matching.yaml"
 SD15, SD3 = "configs/sd15/adjoint_matching.yaml", "configs/sd3/adjoint_matching.yaml"
@@ -106,7 +107,7 @@ print(*(line for line in said.splitlines() if "One update" in line), sep="\n")
 with (run / "out" / "metrics.csv").open() as file:
     rows = list(csv.DictReader(file))
 seen = {key: value for key, value in rows[-1].items() if key and value and key.startswith("train/")}
-for key in ("train/loss", "train/reward", "train/forwards_per_pair"):
+for key in ("train/loss", "train/reward", "train/evaluations/forwards_per_pair"):
     print(key, seen[key])
 assert "One update trains on 8 samples" in said
 assert float(seen["train/loss"]) > 0 and 0 < float(seen["train/reward"]) < 1
