@@ -128,7 +128,7 @@ assert abs(log_z.mean - truth.log_z) < 4 * log_z.se < 0.1
 assert abs(expectation(ring(x), log_w).mean - float(ring(reference).mean())) < 4 * expectation(ring(x), log_w).se + 0.02
 
 # %%
-figure = Figure(figsize=(11.0, 4.3), layout="constrained")
+figure = Figure(figsize=(11.0, 4.5), layout="constrained")
 axes = figure.subplots(1, 3, sharex=True, sharey=True)
 grid = torch.linspace(-5, 5, 200)
 plane = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).reshape(-1, 2)

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-import lightning_tilt
 from _common import show
 from matplotlib.figure import Figure
 
+import lightning_tilt
 from lightning_tilt.assets import folder
 from lightning_tilt.cli import TiltCLI
 from lightning_tilt.estimate import Estimate, Settings, estimate, table
