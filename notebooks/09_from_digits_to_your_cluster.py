@@ -30,6 +30,7 @@ from lightning_tilt.assets import folder
 from lightning_tilt.cli import TiltCLI
 from lightning_tilt.estimate import Estimate, Settings, estimate, table
 from lightning_tilt.estimate.sharing import Sharing
+from lightning_tilt.estimate.table import scaling_rows
 from lightning_tilt.interfaces.skeleton import without_weights
 from lightning_tilt.models import StableDiffusion, StableDiffusion3
 
@@ -145,17 +146,9 @@ assert classes["SD 1.5"] == classes["digits, SD 1.5's kind"] and classes["SD 3"]
 # %% [markdown]
 # ## 4. What a run needs
 #
-# `--dry_run memory` builds the run of a configuration without weights, follows the tensors of each phase and prints
-# what is in memory when. It takes seconds, and any flag can be tried.
-
-# %%
-printed = command("fit", "--config", SD15, "--dry_run", "memory")
-print(printed)
-
-
-# %% [markdown]
-# From Python it is `estimate(Settings.from_config(...))`, of a configuration as `--print_config` prints it. With it,
-# recipes beside each other: on one GPU, and cut over eight by FSDP2.
+# `lightning-tilt fit --config ... --dry_run memory` builds the run of a configuration without weights, follows the
+# tensors of each phase and prints what is in memory when. Any flag can be tried. From Python it is
+# `estimate(Settings.from_config(...))`, of a configuration as `--print_config` prints it.
 
 
 # %%
@@ -175,10 +168,12 @@ recipes = {
     "SD 1.5, all weights, 512": "configs/sd15/adjoint_matching_full.yaml",
     "SD 3, LoRA, 512": SD3,
     "SD 3, all weights, 512": "configs/sd3/adjoint_matching_full.yaml",
-    "SD 3.5 large, LoRA, 1024": "configs/sd35/large.yaml",
 }
 found = {name: estimated("--config", config) for name, config in recipes.items()}
-assert table(found["SD 1.5, LoRA, 512"]).strip() in printed
+print(table(found["SD 1.5, LoRA, 512"]))
+
+# %% [markdown]
+# Four recipes beside each other: on one GPU, and cut over eight by FSDP2.
 
 # %%
 GB = 1e9
@@ -236,15 +231,15 @@ assert sharded["SD 3, all weights, 512"] < 0.6 * full.peak()
 # | Stable Diffusion 1.5 | 3, 3.5 | `configs/sd3/...`, `configs/sd35/...`, `fsdp2_sd3.yaml` |
 # | a node | several | `bash configs/cluster/sd15_torchrun.sh`, `sbatch configs/cluster/sd3_slurm.sh` |
 #
-# What any of these lines needs is one flag away:
+# What an update of two recipes is, on one device, eight and sixty-four:
 
 # %%
-for overlay, devices in (("ddp", 8), ("fsdp2_sd3", 8), ("fsdp2_sd3", 64)):
-    nodes = ["--trainer.num_nodes", str(devices // 8), "--trainer.devices", "8"]
-    e = estimated("--config", SD3, "--config", f"configs/cluster/{overlay}.yaml", *nodes)
-    n = e.settings.processes
-    print(table(e).splitlines()[0], f"| {n * e.settings.samples * e.settings.accumulate} samples an update")
-    assert n == devices
+for name in ("SD 3, LoRA, 512", "SD 3, all weights, 512"):
+    print(name)
+    for devices, samples, forwards, ddp, fsdp2 in scaling_rows(found[name]):
+        print(
+            f"  {devices:>2s} devices, {samples:>5s} samples, {forwards:>9s} forwards, GB each: {ddp} ddp, {fsdp2} fsdp2"
+        )
 
 # %% [markdown]
 # `data.batch_size` counts the prompts of one process: eight devices train on eight times the samples unless it is
