@@ -238,7 +238,7 @@ for name in ("SD 3, LoRA, 512", "SD 3, all weights, 512"):
     print(name)
     for devices, samples, forwards, ddp, fsdp2 in scaling_rows(found[name]):
         print(
-            f"  {devices:>2s} devices, {samples:>5s} samples, {forwards:>9s} forwards, GB each: {ddp} ddp, {fsdp2} fsdp2"
+            f"  {devices:>2s} devices: {samples:>5s} samples, {forwards:>9s} forwards; GB each {ddp} ddp, {fsdp2} fsdp2"
         )
 
 # %% [markdown]
