@@ -1,0 +1,91 @@
+"""`{loss-table}`: what each loss needs and costs, from its class; `{loss-pictures}`: what each reached on the mixture.
+
+Needs and bias are the traits that set-up and tests hold a class to.  What is measured, cost and ESS, stands in one place,
+the README's table of losses, and is read from there.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from lightning_tilt import losses
+from lightning_tilt.interfaces import Loss
+
+__all__ = ["LossPictures", "LossTable", "measured", "setup", "traits"]
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+HEAD = ["loss", "reward gradient", "paths", "noise", "memoryless", "on policy", "bias of its fixed point",
+        "noise of its gradient", "forwards a pair"]  # fmt: skip
+
+
+def classes() -> list[type[Loss]]:
+    """All losses that the package exports."""
+    found = [getattr(losses, name) for name in losses.__all__]
+    return [value for value in found if isinstance(value, type) and issubclass(value, Loss)]
+
+
+def measured() -> dict[str, dict[str, str]]:
+    """Rows of the README's table of losses by the names of the classes that a row begins with."""
+    section = (ROOT / "README.md").read_text().split("## Which loss", 1)[1].split("\n\n| loss", 1)[1]
+    head, _, *rows = ("| loss" + section.split("\n\n", 1)[0]).splitlines()
+    columns, found = [cell.strip() for cell in head.strip("| ").split("|")], dict[str, dict[str, str]]()
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("| ").split("|")]
+        for name in re.findall(r"`([A-Z]\w+)`", cells[0]):
+            found[name] = dict(zip(columns, cells, strict=True))
+    return found
+
+
+def traits(loss: type[Loss]) -> list[str]:
+    """What a class says of itself, as cells of the table: yes, no, and its bias in words."""
+    needs = [loss.needs_reward_gradient, loss.needs_path, loss.needs_noise, loss.needs_memoryless]
+    return [*("needs" if need else "no" for need in needs), "yes" if loss.on_policy else "any policy", loss.bias or "none"]
+
+
+class LossTable(SphinxDirective):
+    """A row a loss."""
+
+    def run(self) -> list[nodes.Node]:
+        """Lines of a list-table, read on as reStructuredText would be."""
+        known, lines = measured(), ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
+        for loss in classes():
+            name = loss.__name__
+            if name not in known:
+                raise self.error(f"README's table of losses has no row for `{name}`")
+            row = known[name]
+            link = f"{{py:obj}}`{name} <{loss.__module__}.{name}>`"
+            cells = [link, *traits(loss), row["noise of its gradient"], row["forwards a pair"]]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return self.parse_text_to_nodes("\n".join(lines))
+
+
+class LossPictures(SphinxDirective):
+    """A panel a configuration of `configs/toy`, with its first line."""
+
+    def run(self) -> list[nodes.Node]:
+        """Figures in a row that wraps; a configuration without a picture is an error."""
+        box = nodes.container(classes=["panels"])
+        for config in sorted((ROOT / "configs/toy").glob("*.yaml")):
+            picture = ROOT / "docs/pictures" / f"{config.stem}.png"
+            if not picture.is_file():
+                raise self.error(f"docs/pictures/{config.stem}.png is missing: make docs-pictures")
+            self.env.note_dependency(str(picture))
+            figure = nodes.figure(classes=["panel"])
+            alternative = f"Samples of {config.stem} on contours of the exact tilt"
+            figure += nodes.image(uri=f"pictures/{config.stem}.png", alt=alternative)
+            caption = nodes.caption()
+            caption += nodes.literal(text=config.stem)
+            figure += caption
+            box += figure
+        return [box]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Register both."""
+    app.add_directive("loss-table", LossTable)
+    app.add_directive("loss-pictures", LossPictures)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
