@@ -71,7 +71,7 @@ def draw_variances(path: Path) -> None:
     )
     reward = QuadraticReward(A=[[0.6, 0.2], [0.2, 0.5]], c=[-0.5, 1.0])
     times = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-    found = mixture_variances(mixture, reward, 1.0, RectifiedFlow(), times)
+    found = mixture_variances(mixture, reward, 1.0, RectifiedFlow(), times, outer=4096, inner=8)
     figure = Figure(figsize=(6.4, 3.4), layout="constrained")
     axis = figure.subplots()
     shown = (
@@ -83,7 +83,7 @@ def draw_variances(path: Path) -> None:
     for name, label, colour, line in shown:
         variance, error = found[name]
         axis.semilogy(times.numpy(), variance.numpy(), color=colour, ls=line, label=label)
-        low, high = (variance - 2 * error).clamp(min=1e-6), variance + 2 * error
+        low, high = (variance - 2 * error).clamp(min=1e-5), variance + 2 * error
         axis.fill_between(times.numpy(), low.numpy(), high.numpy(), color=colour, alpha=0.2, lw=0)
     axis.set_xlabel("t (0: noise, 1: data)")
     axis.set_ylabel("E tr Cov(y | $X_t$)")
