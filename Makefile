@@ -5,6 +5,7 @@
 #   make test-slow   the tests that take longer than a minute
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
 #   make faults  the table of what killed runs come back from
+#   make docs    the site, strictly, into build/docs   make docs-pictures   the losses' pictures again, half an hour
 #   make lint    ruff and mypy alone         make models   train the embedded models again
 #   make clean   remove what the tools leave (not .venv*, not runs/)
 
@@ -18,11 +19,12 @@ BIN := .venv/bin
 HASH := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
 BASE := .venv/.installed-$(HASH)
 DEV := .venv/.installed-dev-$(HASH)
+DOCS := .venv/.installed-docs-$(HASH)
 PARITY := .venv-parity/.installed-$(HASH)
 PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-parity faults models lint install clean
+.PHONY: demo test test-slow test-parity faults docs docs-pictures models lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -54,6 +56,14 @@ test-parity: $(PARITY)
 faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py
 
+# -W: whatever Sphinx would warn of fails the build, once all of it has been said.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet docs build/docs
+	@echo "The site: build/docs/index.html"
+
+docs-pictures: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/_ext/pictures.py
+
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -77,6 +87,10 @@ $(DEV): $(BASE)
 	$(PIP_INSTALL) --quiet --editable ".[dev]"
 	@touch $@
 
+$(DOCS): $(BASE)
+	$(PIP_INSTALL) --quiet --editable ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

@@ -86,7 +86,7 @@ class Module:
             targets = node.targets if isinstance(node, ast.Assign) else []
             targets = [node.target] if isinstance(node, ast.AnnAssign) else targets
             text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            for target in targets:
+            for target in [name for t in targets for name in (t.elts if isinstance(t, ast.Tuple) else [t])]:
                 if isinstance(target, ast.Name):
                     yield target.id, node.value, text  # type: ignore[attr-defined]
 

@@ -1,6 +1,7 @@
 """Docstrings of this package are plain text that reads like Markdown; autodoc wants reStructuredText.
 
     an indented paragraph, or one with columns      a block of code, as it stands: formulas keep their letters
+    a line that ends in `:`, indented `name: ...`    a list of names
     `name`                                          code
     **word**                                        bold
     everything else                                 text: `|u|`, `p*` and `x_` mean nothing but themselves
@@ -42,12 +43,20 @@ def to_rst(text: str) -> str:
             out.append(paragraph)
         elif section:
             out.append("\n".join(_inline(line) for line in lines))
+        elif lines[0].endswith(":") and len(lines) > 1 and all(line.startswith("    ") for line in lines[1:]):
+            out.append(f"{_inline(lines[0])}\n\n{_list(lines[1:])}")
         elif lines[0].startswith(" ") or any(COLUMNS.search(line) for line in lines):
             block = "\n".join("    " + line for line in lines) if not lines[0].startswith(" ") else paragraph
             out.append(block if out and out[-1].startswith("    ") else f"::\n\n{block}")
         else:
             out.append(_inline(paragraph))
     return "\n\n".join(out)
+
+
+def _list(lines: list[str]) -> str:
+    """Indented lines `name: text`, of which those that go on are indented further, as a list."""
+    items = [re.sub(r"^    (\w+): ", r"* `\1`: ", line) for line in lines]
+    return "\n".join("* " + _inline(item[2:]) if item.startswith("*") else "  " + _inline(item.strip()) for item in items)
 
 
 def _inline(text: str) -> str:
