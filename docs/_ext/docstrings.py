@@ -47,7 +47,7 @@ def to_rst(text: str) -> str:
             out.append(f"{_inline(lines[0])}\n\n{_list(lines[1:])}")
         elif lines[0].startswith(" ") or any(COLUMNS.search(line) for line in lines):
             block = "\n".join("    " + line for line in lines) if not lines[0].startswith(" ") else paragraph
-            out.append(block if out and out[-1].startswith("    ") else f"::\n\n{block}")
+            out.append(block if out and out[-1].rpartition("\n")[2].startswith("    ") else f"::\n\n{block}")
         else:
             out.append(_inline(paragraph))
     return "\n\n".join(out)

@@ -18,14 +18,15 @@ from lightning_tilt.interfaces import Loss
 __all__ = ["LossPictures", "LossTable", "measured", "setup", "traits"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-HEAD = ["loss", "reward gradient", "paths", "noise", "memoryless", "on policy", "bias of its fixed point",
-        "noise of its gradient", "forwards a pair"]  # fmt: skip
+HEAD = ["loss", "needs", "on policy", "bias of its fixed point", "noise of its gradient", "forwards a pair"]
 
 
 def classes() -> list[type[Loss]]:
-    """All losses that the package exports."""
+    """All losses that the package exports, in the README's order."""
     found = [getattr(losses, name) for name in losses.__all__]
-    return [value for value in found if isinstance(value, type) and issubclass(value, Loss)]
+    order = list(measured())
+    found = [value for value in found if isinstance(value, type) and issubclass(value, Loss)]
+    return sorted(found, key=lambda loss: order.index(loss.__name__) if loss.__name__ in order else -1)
 
 
 def measured() -> dict[str, dict[str, str]]:
@@ -41,16 +42,22 @@ def measured() -> dict[str, dict[str, str]]:
 
 
 def traits(loss: type[Loss]) -> list[str]:
-    """What a class says of itself, as cells of the table: yes, no, and its bias in words."""
-    needs = [loss.needs_reward_gradient, loss.needs_path, loss.needs_noise, loss.needs_memoryless]
-    return [*("needs" if need else "no" for need in needs), "yes" if loss.on_policy else "any policy", loss.bias or "none"]
+    """What a class says of itself, as cells of the table: its needs, whether it is on policy, and its bias in words."""
+    needs = {
+        "reward gradient": loss.needs_reward_gradient,
+        "paths": loss.needs_path,
+        "noise": loss.needs_noise,
+        "memoryless": loss.needs_memoryless,
+    }
+    found = ", ".join(name for name, needed in needs.items() if needed) or "end points"
+    return [found, "yes" if loss.on_policy else "any policy", loss.bias or "none"]
 
 
 class LossTable(SphinxDirective):
     """A row a loss."""
 
     def run(self) -> list[nodes.Node]:
-        """Lines of a list-table, read on as reStructuredText would be."""
+        """A table of the page's own markup, so that names become links."""
         known, lines = measured(), ["| " + " | ".join(HEAD) + " |", "| --- " * len(HEAD) + "|"]
         for loss in classes():
             name = loss.__name__
@@ -60,7 +67,10 @@ class LossTable(SphinxDirective):
             link = f"{{py:obj}}`{name} <{loss.__module__}.{name}>`"
             cells = [link, *traits(loss), row["noise of its gradient"], row["forwards a pair"]]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-        return self.parse_text_to_nodes("\n".join(lines))
+        found = self.parse_text_to_nodes("\n".join(lines))
+        for table in found:
+            table["classes"].append("losses")
+        return found
 
 
 class LossPictures(SphinxDirective):

@@ -57,7 +57,7 @@ class Sharing:
 
 
 ALONE, DDP = Sharing("one device", "alone"), Sharing("ddp", "ddp")
-"""One device, and ddp."""
+"""A device on its own, and ddp with Lightning's defaults."""
 
 AUTO = Sharing("auto (ddp if there are several)", "ddp")
 """What Lightning chooses, where the devices are not known."""
