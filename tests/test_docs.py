@@ -50,7 +50,9 @@ def test_every_public_name_is_documented_and_on_a_page() -> None:
 
 def test_what_is_public_and_bare_is_named(tmp_path: Path) -> None:
     api = extension("api_pages")
-    source = '__all__ = ["A", "f", "g", "B", "C"]\nfrom os import sep as g\nA = 1\nB, C = 1, 2\n"""Both."""\ndef f(): ...\n'
+    source = (
+        '__all__ = ["A", "f", "g", "B", "C"]\nfrom os import sep as g\nA = 1\nB, C = 1, 2\n"""Both."""\ndef f(): ...\n'
+    )
     path = tmp_path / "bare.py"
     path.write_text(source)
     known = {"lightning_tilt.attic.bare": api.Module("lightning_tilt.attic.bare", path)}

@@ -28,13 +28,13 @@ ROOMS = {
     "hosts": ("Hosts and tasks", ["", "module", "tasks"]),
     "process": ("Process, transition, trajectory", ["process", "transition", "trajectory", "condition"]),
     "identities": ("Identities", ["identities"]),
-    "interfaces": ("Interfaces", ["interfaces", "evaluations", "frozen", "noise", "shards"]),
+    "interfaces": ("Interfaces", ["interfaces", "evaluations", "frozen", "noise", "shards", "references"]),
     "chains": ("Chains, transport, steering", ["chain", "transport", "steering"]),
     "metrics": ("Metrics", ["metrics"]),
     "data": ("Data", ["data"]),
     "strategies": ("Strategies and run folders", ["strategies", "checkpoints", "loggers", "run_folder"]),
     "estimate": ("Estimates of memory", ["estimate"]),
-    "cli": ("Command line", ["cli", "cli_encode", "cli_errors", "__main__"]),
+    "cli": ("Command line", ["cli", "cli_configs", "cli_encode", "cli_errors", "__main__"]),
     "assets": ("Embedded models", ["assets"]),
 }
 """Page, its title, and the rooms on it; `""` is the package itself."""

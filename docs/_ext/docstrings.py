@@ -56,7 +56,9 @@ def to_rst(text: str) -> str:
 def _list(lines: list[str]) -> str:
     """Indented lines `name: text`, of which those that go on are indented further, as a list."""
     items = [re.sub(r"^    (\w+): ", r"* `\1`: ", line) for line in lines]
-    return "\n".join("* " + _inline(item[2:]) if item.startswith("*") else "  " + _inline(item.strip()) for item in items)
+    return "\n".join(
+        "* " + _inline(item[2:]) if item.startswith("*") else "  " + _inline(item.strip()) for item in items
+    )
 
 
 def _inline(text: str) -> str:

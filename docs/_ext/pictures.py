@@ -3,8 +3,9 @@
     python docs/_ext/pictures.py                     all of them
     python docs/_ext/pictures.py cmcd_kl variances   some
 
-A loss's picture is its configuration under `configs/toy/` as it stands, at its own seed: samples of the tuned model on
-contours of the exact tilt.  `variances` draws the variance of four targets over t from closed forms.
+A loss's picture is its configuration under `configs/toy/` at its own seed, with this panel in place of its report:
+samples of the tuned model on contours of the exact tilt.  `variances` draws the variance of four targets over t, from
+closed forms.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from matplotlib.figure import Figure
 
 from lightning_tilt import RectifiedFlow
@@ -27,7 +29,7 @@ from lightning_tilt.callbacks.truth import truth_of
 from lightning_tilt.models import GaussianMixture
 from lightning_tilt.rewards import QuadraticReward
 
-__all__ = ["Panel", "draw_variances"]
+__all__ = ["Panel", "draw_variances", "fit"]
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = ROOT / "docs" / "pictures"
@@ -92,6 +94,20 @@ def draw_variances(path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def fit(name: str, folder: Path) -> None:
+    """One run, in a process of its own."""
+    config = yaml.safe_load((ROOT / f"configs/toy/{name}.yaml").read_text())
+    trainer = config["trainer"]
+    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"] not in ("TiltReport", "ModelCheckpoint")]
+    trainer["callbacks"].append({"class_path": "pictures.Panel"})
+    trainer["default_root_dir"] = str(folder)
+    (folder / "config_of_picture.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "lightning_tilt", "fit", "--config", str(folder / "config_of_picture.yaml")]
+    path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+
+
 def _small(path: Path) -> None:
     """The same picture with a palette: a quarter of the bytes."""
     from PIL import Image
@@ -110,15 +126,7 @@ def main() -> None:
             draw_variances(target)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                command = [
-                    sys.executable, "-m", "lightning_tilt", "fit", "--config", f"configs/toy/{name}.yaml",
-                    "--trainer.default_root_dir", folder, "--trainer.callbacks+=pictures.Panel",
-                ]  # fmt: skip
-                path = f"{Path(__file__).parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-                subprocess.run(
-                    command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}, check=True,
-                    capture_output=True,
-                )  # fmt: skip
+                fit(name, Path(folder))
                 target.write_bytes((Path(folder) / "density.png").read_bytes())
         _small(target)
         print(target.relative_to(ROOT), target.stat().st_size // 1000, "kB", flush=True)
