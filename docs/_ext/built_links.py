@@ -1,7 +1,7 @@
-"""After the build: every link of the site arrives, and nothing on it asks the network for a script, a font or a picture.
+"""After the build: every link of the site arrives, and nothing asks the network for a script, a font or a picture.
 
-Sphinx checks what it resolves itself; this reads what came out of it, so that raw HTML, copied files and the theme's own
-pages are held to the same.
+Sphinx checks what it resolves itself; this reads what came out of it, so that raw HTML, copied files and the theme's
+own pages are held to the same.
 """
 
 from html.parser import HTMLParser
