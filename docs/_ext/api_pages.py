@@ -34,7 +34,7 @@ ROOMS = {
     "data": ("Data", ["data"]),
     "strategies": ("Strategies and run folders", ["strategies", "checkpoints", "loggers", "run_folder"]),
     "estimate": ("Estimates of memory", ["estimate"]),
-    "cli": ("Command line", ["cli", "cli_configs", "cli_encode", "cli_errors", "__main__"]),
+    "cli": ("Command line", ["cli", "__main__"]),
     "assets": ("Embedded models", ["assets"]),
 }
 """Page, its title, and the rooms on it; `""` is the package itself."""
@@ -58,8 +58,9 @@ class Module:
 
     @property
     def room(self) -> str:
-        """The first part of its name within the package."""
-        return self.name.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
+        """The first part of its name within the package; the command line's modules are one room."""
+        first = self.name.removeprefix(PACKAGE).lstrip(".").partition(".")[0]
+        return "cli" if first.startswith("cli") else first
 
     @property
     def public(self) -> list[str]:
