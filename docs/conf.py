@@ -39,6 +39,7 @@ maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+highlight_language = "text"  # formulas in docstrings are no Python
 html_theme = "furo"
 html_title = f"lightning_tilt {release}"
 html_static_path = ["_static"]
