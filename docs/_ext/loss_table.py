@@ -36,8 +36,12 @@ def measured() -> dict[str, dict[str, str]]:
     columns, found = [cell.strip() for cell in head.strip("| ").split("|")], dict[str, dict[str, str]]()
     for row in rows:
         cells = [cell.strip() for cell in row.strip("| ").split("|")]
-        for name in re.findall(r"`([A-Z]\w+)`", cells[0]):
-            found[name] = dict(zip(columns, cells, strict=True))
+        names = re.findall(r"`([A-Z]\w+)`", cells[0])
+        for i, name in enumerate(names):
+            # Where a row of several losses has a number each, they stand in the order of the names.
+            each = [cell.split(", ") for cell in cells]
+            own = [part[i] if 1 < len(names) == len(part) else cell for part, cell in zip(each, cells, strict=True)]
+            found[name] = dict(zip(columns, own, strict=True))
     return found
 
 
