@@ -6,6 +6,7 @@
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
 #   make faults  the table of what killed runs come back from
 #   make notebooks   execute the notebooks and keep what they show; NOTEBOOKS="01 04" some of them
+#   make docs    the site, strictly, into build/docs   make docs-pictures   the losses' pictures again, half an hour
 #   make lint    ruff and mypy alone         make models   train the embedded models again
 #   make clean   remove what the tools leave (not .venv*, not runs/)
 
@@ -21,11 +22,12 @@ HASH := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f
 BASE := .venv/.installed-$(HASH)
 DEV := .venv/.installed-dev-$(HASH)
 KERNEL := .venv/.installed-notebooks-$(HASH)
+DOCS := .venv/.installed-docs-$(HASH)
 PARITY := .venv-parity/.installed-$(HASH)
 PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-parity faults notebooks models lint install clean
+.PHONY: demo test test-slow test-parity faults notebooks docs docs-pictures models lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -60,6 +62,14 @@ faults: $(DEV)
 notebooks: $(KERNEL)
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py $(NOTEBOOKS)
 
+# -W: whatever Sphinx would warn of fails the build, once all of it has been said.
+docs: $(DOCS)
+	$(BIN)/python -m sphinx -W --keep-going --fresh-env --quiet docs build/docs
+	@echo "The site: build/docs/index.html"
+
+docs-pictures: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python docs/_ext/pictures.py
+
 lint: $(DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -87,6 +97,10 @@ $(KERNEL): $(BASE)
 	$(PIP_INSTALL) --quiet --editable ".[notebooks]"
 	@touch $@
 
+$(DOCS): $(BASE)
+	$(PIP_INSTALL) --quiet --editable ".[docs]"
+	@touch $@
+
 clean:
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/generated *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

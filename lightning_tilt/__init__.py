@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lightning_tilt.transition import Transition as Transition
 
 __version__ = "0.1.0"
+"""Of the package; pyproject.toml reads it here."""
 
 _HOMES = {
     "AdjointMatching": "lightning_tilt.losses",

@@ -29,6 +29,7 @@ DESCRIPTION = (
     "Tilt a diffusion or flow model with a reward. `lightning-tilt configs` lists the packaged configurations and "
     "copies one; `lightning-tilt cite` prints what a run should cite."
 )
+"""What `--help` of the command says first."""
 
 _HOME = Path(__file__).parent
 """What the names `configs/...` of packaged files are relative to."""

@@ -30,6 +30,7 @@ Stream = Literal[
     "steering",
     "smoothing",
 ]
+"""What random numbers are for: those of two streams are independent."""
 _STREAMS: dict[str, int] = {
     "train": 1, "validate": 2, "test": 3, "predict": 4, "steps": 5, "report": 6, "buffer": 7,
     "times": 8, "renoise": 9, "probes": 10, "resample": 11, "steering": 12, "smoothing": 13,

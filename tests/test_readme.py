@@ -19,14 +19,15 @@ from lightning_tilt.cli import main
 from lightning_tilt.rewards import Ink
 
 ROOT = Path(__file__).parent.parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+FILES = (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/theory/*.md"))
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
 COMMANDS = [
     (page, line.strip()) for page, text in PAGES.items() for line in re.sub(r"\\\n\s*", "", text).splitlines()
     if line.startswith("    lightning-tilt ")
 ]  # fmt: skip
-FILES = {"my_rewards.py": BLOCKS["README.md"][1], "my_energies.py": BLOCKS["README.md"][2]}
-"""Blocks of the README that its text says to save under these names."""
+LOADER = [["seven", "one"], ["two", "three"]]
+"""What the pages call `prompts`: batches of prompts."""
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 def save_files(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Write the files that a page shows; returns the names of their modules, which are not yet imported."""
     shown = {m[1]: block for block in BLOCKS[page] if (m := re.match(r"# (\w+\.py)\n", block))}
-    for name, text in (FILES if page == "README.md" else shown).items():
+    for name, text in shown.items():
         (folder / name).write_text(text)
     names = [path.stem for path in folder.glob("my_*.py")]
     for name in names:
@@ -55,19 +56,22 @@ def save_files(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return names
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and BLOCKS[page]])
+@pytest.mark.parametrize("page", [page for page in PAGES if BLOCKS[page]])
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_blocks_of_a_page_run(page: str, at_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names, scope = save_files(page, tmp_path, monkeypatch), dict[str, Any]()
+    names, scope = save_files(page, tmp_path, monkeypatch), dict[str, Any](prompts=LOADER)
     for block in BLOCKS[page]:
         exec(compile(block, page, "exec"), scope)
     for name in names:
         sys.modules.pop(name, None)
 
 
-def test_python_blocks_run(at_root: None) -> None:
-    scope: dict[str, Any] = {"prompts": [["seven", "one"], ["two", "three"]]}
-    module, reward, energy = BLOCKS["README.md"]
+def test_blocks_do_what_they_say(at_root: None) -> None:
+    """What the pages show without an assertion of their own: updates are made, the reward and the energy are right."""
+    scope: dict[str, Any] = {"prompts": LOADER}
+    task, module, reward = BLOCKS["docs/start.md"]
+    exec(task, scope)
+    assert scope["task"].trainer.global_step == 2
     exec(module, scope)
     assert scope["trainer"].global_step == 2
     exec(reward, scope)
@@ -75,8 +79,14 @@ def test_python_blocks_run(at_root: None) -> None:
     images[0, :, :, :2] = 1
     assert scope["LeftHalf"]().score(images, None).tolist() == [1.0, 0.0]
     assert Ink().score(images, None).tolist() == [0.5, 0.0]
-    exec(energy, scope)
+    exec(BLOCKS["docs/densities.md"][0], scope)
     assert scope["energy"](torch.tensor([[2.0, 0.0], [0.0, 0.0]])).tolist() == [0.0, 2.0]
+
+
+def test_the_five_lines_of_the_readme_are_those_of_the_start() -> None:
+    (readme,) = BLOCKS["README.md"]
+    code = [line.split("  #")[0] for line in readme.splitlines() if line]
+    assert set(code) <= set(BLOCKS["docs/start.md"][0].splitlines())
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
@@ -105,5 +115,5 @@ def test_every_named_file_exists() -> None:
         here = (ROOT / page).parent
         named = {ROOT / n for n in re.findall(r"(?:configs|docs|lightning_tilt)/[\w/.]+\.\w+", text)}
         named |= {here / n for n in links if not n.startswith("http")}
-        assert page != "README.md" or len(named) > 8
+        assert page != "README.md" or len(named) > 20
         assert [str(path) for path in named if not path.exists()] == [], page

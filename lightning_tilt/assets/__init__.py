@@ -19,6 +19,7 @@ __all__ = ["FOLDERS", "folder", "locate"]
 _PACKAGE = Path(__file__).parents[1]
 
 FOLDERS = ("digits-sd15", "digits-sd3", "digits-clip", "digit-classifier")
+"""What is embedded: two text-to-image models, a CLIP of digits, a classifier."""
 
 
 def folder(name: str) -> Path:

@@ -14,6 +14,7 @@ from itertools import product
 __all__ = ["DIGIT_NAMES", "TEMPLATES", "all_prompts", "digit_of", "prompts_of"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+"""The digits in words, by their number."""
 
 TEMPLATES = (
     "{}",
@@ -41,6 +42,7 @@ TEMPLATES = (
     "a white digit {} on a black background",
     "a {} written by hand",
 )
+"""What a prompt of a digit looks like; `{}` is its name."""
 
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _VALUE = {name: d for d, name in enumerate(DIGIT_NAMES)} | {str(d): d for d in range(10)}

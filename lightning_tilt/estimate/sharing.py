@@ -57,7 +57,10 @@ class Sharing:
 
 
 ALONE, DDP = Sharing("one device", "alone"), Sharing("ddp", "ddp")
-AUTO = Sharing("auto (ddp if there are several)", "ddp")  # of Lightning, where the devices are not known
+"""A device on its own, and ddp with Lightning's defaults."""
+
+AUTO = Sharing("auto (ddp if there are several)", "ddp")
+"""What Lightning chooses, where the devices are not known."""
 
 
 def read_sharing(config: object, devices: int | None) -> Sharing:

@@ -8,6 +8,7 @@ from lightning_tilt.estimate.sharing import ALONE, AUTO, Sharing
 __all__ = ["DEVICES", "gigabytes", "scaling_rows", "table", "this_run"]
 
 DEVICES = (1, 8, 64)
+"""How many GPUs the table of many has rows for."""
 
 
 def gigabytes(size: float) -> str:

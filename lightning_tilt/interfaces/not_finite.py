@@ -31,6 +31,7 @@ BadPolicy = Literal["stop", "skip"]
 """What to do about a number that is not finite."""
 
 MEND = "Mend the reward, or pass sampler.on_bad_reward: skip."
+"""How a message about a number that is not finite ends."""
 
 
 def gathered(value: Any) -> list[Any]:

@@ -31,6 +31,7 @@ from lightning_tilt.trajectory import Trajectory
 __all__ = ["AdjointMatching", "StepWeight", "adjoint_matching_terms"]
 
 StepWeight = Literal["control", "epsilon", "uniform"]
+"""What a step's term is multiplied by: 1, `epsilon`: |change of eps_hat|^2, `uniform`: 1/std^2."""
 
 
 def adjoint_matching_terms(u: Tensor, std: Tensor, adjoint: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from lightning_tilt.trajectory import Trajectory
 __all__ = ["GRPO", "Penalty", "clipped_terms"]
 
 Penalty = Literal["published", "exact"]
+"""How the KL is weighed: step by step, or with what is still to come."""
 
 _SMALL = 1e-6  # of a std that is divided by
 

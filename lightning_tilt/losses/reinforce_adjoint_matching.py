@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 Baseline = Literal["others", "mean", "none"]
+"""What c is: the mean of the prompt's other samples, of all of them, or 0."""
 
 
 def reinforce_target(start: Tensor, f: Tensor, x1: Tensor, x1_hat: Tensor) -> Tensor:

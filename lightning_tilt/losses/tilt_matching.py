@@ -44,6 +44,7 @@ from lightning_tilt.trajectory import Trajectory
 __all__ = ["TiltMatching", "TiltVariant", "holding", "tilt_weights"]
 
 TiltVariant = Literal["explicit", "implicit", "weighted"]
+"""Which of the three regressions."""
 
 _BISECTIONS = 40
 

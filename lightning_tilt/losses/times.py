@@ -25,7 +25,10 @@ from lightning_tilt.process import Process
 __all__ = ["TimeSampling", "TimeWeight", "Times", "time_weight"]
 
 TimeWeight = Literal["control", "score", "uniform"]
+"""In whose units a time's error is measured."""
+
 TimeSampling = Literal["uniform", "importance", "low_discrepancy"]
+"""How times are drawn."""
 
 _BINS = 32
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -38,6 +38,7 @@ from lightning_tilt.metrics.wasserstein import squared_transport_cost
 __all__ = ["Search", "SymmetricWasserstein2", "squared_symmetric_distances", "squared_symmetric_wasserstein2"]
 
 Search = Literal["auto", "exact", "published", "alternate", "thorough"]
+"""How the best relabelling and rotation of two systems is looked for."""
 
 MOST_ENUMERATED = 5
 ROUNDS = 30

@@ -31,6 +31,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "velocity"]
 """What a network returns; the names are diffusers', and "velocity" is `dX/dt` towards the data."""
 
 PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
+"""The same, to be iterated over."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import nn
 __all__ = ["BLOCKS", "Family", "blocks_of"]
 
 Family = Literal["any", "sd15", "sd3"]
+"""Whose blocks are cut: of Stable Diffusion 1.5, of 3 and 3.5, or of any predictor."""
 
 BLOCKS: dict[str, tuple[str, ...]] = {
     "sd15": (

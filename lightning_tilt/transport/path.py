@@ -35,6 +35,7 @@ SCHEDULES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "quadratic": lambda tau: tau**2,
     "smooth": lambda tau: tau**2 * (3 - 2 * tau),
 }
+"""c(tau) by its name."""
 
 
 class Look(NamedTuple):

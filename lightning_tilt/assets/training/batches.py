@@ -17,6 +17,8 @@ from .vae import encode
 __all__ = ["EMPTY", "LatentBatches", "ask"]
 
 EMPTY = 0.1
+"""Share of empty prompts, from which guidance learns what no prompt says."""
+
 _PROMPTS = [prompts_of(digit) for digit in range(10)]
 
 

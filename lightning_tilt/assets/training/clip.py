@@ -39,6 +39,7 @@ PREPROCESSOR = {
     "image_std": [0.5, 0.5, 0.5],
     "do_convert_rgb": True,
 }
+"""The `preprocessor_config.json` of the CLIP of digits."""
 
 
 def build_clip() -> tuple[CLIPModel, CLIPTokenizer]:

@@ -16,7 +16,10 @@ from torch import Tensor
 __all__ = ["HELD_OUT", "SPLIT_SEED", "Digits", "load_digits", "shift"]
 
 SPLIT_SEED = 20_000
+"""Of the permutation that tells the held-out digits from the others."""
+
 HELD_OUT = 500
+"""Digits that no embedded model was trained on."""
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ are the held-out set of every figure above. MNIST is by Yann LeCun, Corinna Cort
 (CC BY-SA 3.0); the weights are under this repository's licence. A model for tests, lessons and live demonstrations: it
 knows ten digits and nothing else.
 """
+"""What every card of an embedded model says of its data."""
 
 
 def round_to_half(network: nn.Module) -> nn.Module:

@@ -25,6 +25,8 @@ from .vae import load_vae
 __all__ = ["LENGTH", "build_sd3", "sd3_loss", "train_sd3"]
 
 LENGTH = 12
+"""Tokens of a prompt, for all three text encoders."""
+
 LOGIT_SCALE = 1.2
 WITHOUT_T5 = 0.2
 

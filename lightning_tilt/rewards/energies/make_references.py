@@ -59,6 +59,7 @@ RECIPES = {
     "lj13": Recipe(LennardJones13, 2000, 10000, 1e-3, 0.5, 2.0, torch.float16),
     "lj55": Recipe(LennardJones55, 200, 12000, 3e-4, 0.8, 2.0, torch.float16),
 }
+"""Chains, their length and their step for each density that is simulated."""
 
 
 def make(recipe: Recipe, folder: Path, seed: int = 0) -> str:
