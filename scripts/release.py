@@ -3,11 +3,11 @@
     make release VERSION=0.2.0               builds it and says what would change, but changes nothing
     make release VERSION=0.2.0 ARGS=--yes    edits, runs `make test`, builds into dist/, commits and tags
 
-The version stands in `lightning_tilt/__init__.py`; CITATION.cff repeats it with the date, and the notes of CHANGELOG.md that
-stood under Unreleased go under both.  Refused are a version that is not X.Y.Z or not the next one, a tree that is not clean,
-a branch other than main, and a changelog with nothing to tell.  If a test or the build fails, the three files are put back.
-What is built is what is committed: the commit's own files in a folder of their own, without leftovers of earlier builds.
-Pushing and uploading stay with a person.
+The version stands in `lightning_tilt/__init__.py`; CITATION.cff repeats it with the date, and the notes of
+CHANGELOG.md that stood under Unreleased go under both.  Refused are a version that is not X.Y.Z or not the next one, a
+tree that is not clean, a branch other than main, and a changelog with nothing to tell.  If a test or the build fails,
+the three files are put back.  What is built is what is committed: the commit's own files in a folder of their own,
+without leftovers of earlier builds.  Pushing and uploading stay with a person.
 """
 
 import argparse
@@ -92,7 +92,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="X.Y.Z")
     parser.add_argument("--yes", action="store_true", help="do it; without this nothing is changed")
-    parser.add_argument("--check", default="make test", help="the command that has to pass first (default: %(default)s)")
+    parser.add_argument("--check", default="make test", help="what has to pass first (default: %(default)s)")
     given = parser.parse_args(args)
     try:
         check(given.version)
@@ -101,7 +101,7 @@ def main(args: list[str] | None = None) -> None:
             if not given.yes:
                 built = _build(edits, Path(folder))
                 _tell(edits)
-                print(f"\nWould test ({given.check}), commit, tag v{given.version} and build {_names(built)}: --yes does it.")
+                print(f"\n--yes runs `{given.check}`, commits, tags v{given.version} and builds {_names(built)}.")
                 return
             built = _release(given.version, edits, given.check, Path(folder))
     except Refused as reason:
