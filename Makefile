@@ -61,9 +61,9 @@ $(PARITY):
 test-parity: $(PARITY)
 	OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest tests/parity -m "slow or not slow" $(PYTEST_ARGS)
 
-# Linters and types are a matter of the pinned versions alone.
+# Linters and types are a matter of the pinned versions alone; what old libraries are warned of, of themselves.
 test-oldest:
-	$(MAKE) unit VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
+	$(MAKE) unit VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTEST_ARGS="-W default $(PYTEST_ARGS)"
 
 test-newest:
 	$(MAKE) unit VENV=.venv-newest CONSTRAINTS=

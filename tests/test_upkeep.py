@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import ArgumentParser
 from packaging.requirements import Requirement
 from packaging.version import Version
 from repository import ROOT, files
+
+from lightning_tilt.interfaces import Reward
 
 tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -100,3 +103,24 @@ def test_every_ignored_warning_says_why() -> None:
         if line.startswith('"'):
             assert before.startswith("# "), f"say why {line} is ignored"
             assert "deprecat" not in line.lower() or re.search(r"https://\S+/(issues|pull)/\d+", before), line
+
+
+def test_old_names_warn_and_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of CONTRIBUTING.md: an old class and an old parameter, as a YAML gives them."""
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    head = "import warnings\nfrom lightning_tilt.interfaces import Reward\nfrom typing_extensions import deprecated\n"
+    (tmp_path / "my_warmth.py").write_text(head + example)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(importlib.import_module("my_warmth").Warmth, "__abstractmethods__", frozenset())
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Reward, "reward")
+
+    def reward(name: str, **given: float) -> Any:
+        config = {"reward": {"class_path": f"my_warmth.{name}", "init_args": given}}
+        return parser.instantiate(parser.parse_object(config)).reward
+
+    assert reward("Warmth", scale=2.0).scale == 2.0
+    with pytest.warns(FutureWarning, match="`strength` is called `scale` since 0.2"):
+        assert reward("Warmth", strength=3.0).scale == 3.0
+    with pytest.warns(FutureWarning, match="`Warm` is called `Warmth` since 0.2"):
+        assert reward("Warm", scale=4.0).scale == 4.0
