@@ -108,10 +108,10 @@ def test_every_ignored_warning_says_why() -> None:
 def test_old_names_warn_and_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example of CONTRIBUTING.md: an old class and an old parameter, as a YAML gives them."""
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
-    head = "import warnings\nfrom lightning_tilt.interfaces import Reward\nfrom typing_extensions import deprecated\n"
-    (tmp_path / "my_warmth.py").write_text(head + example)
+    imports = ["import warnings", "from torch import Tensor", "from typing_extensions import deprecated"]
+    imports += ["from lightning_tilt.condition import Prompts", "from lightning_tilt.interfaces import Reward"]
+    (tmp_path / "my_warmth.py").write_text("\n".join([*imports, example]))
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(importlib.import_module("my_warmth").Warmth, "__abstractmethods__", frozenset())
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(Reward, "reward")
 
