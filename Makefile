@@ -4,10 +4,13 @@
 #   make test    linters, types, unit tests, doctests and every small config; PYTEST_ARGS="..." more flags
 #   make test-slow   the tests that take longer than a minute
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
+#   make test-oldest, test-newest   the unit tests in environments of their own, .venv-oldest with the lowest versions that
+#                pyproject.toml allows (on Python 3.10: PYTHON=python3.10), .venv-newest with today's newest
 #   make faults  the table of what killed runs come back from
 #   make notebooks   execute the notebooks and keep what they show; NOTEBOOKS="01 04" some of them
 #   make docs    the site, strictly, into build/docs   make docs-pictures   the losses' pictures again, half an hour
 #   make lint    ruff and mypy alone         make models   train the embedded models again
+#   make release VERSION=0.2.0   what a release would do; ARGS=--yes does it
 #   make clean   remove what the tools leave (not .venv*, not runs/)
 
 PYTHON ?= python3
@@ -15,27 +18,35 @@ CONFIG ?= configs/digits/sd15_adjoint_matching.yaml
 ARGS ?=
 PYTEST_ARGS ?=
 NOTEBOOKS ?=
+VENV := .venv
+CONSTRAINTS := constraints.txt
+VERSION :=
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 # What is installed is named by what asked for it, so that a second call installs nothing and a changed pin does.
-HASH := $(shell (pwd; cat pyproject.toml constraints.txt) | cksum | cut -d' ' -f1)
-BASE := .venv/.installed-$(HASH)
-DEV := .venv/.installed-dev-$(HASH)
-KERNEL := .venv/.installed-notebooks-$(HASH)
-DOCS := .venv/.installed-docs-$(HASH)
+# Without pins the day asks: the newest of yesterday is not today's.
+HASH := $(shell (pwd; cat pyproject.toml $(CONSTRAINTS); $(if $(CONSTRAINTS),,date +%F)) | cksum | cut -d' ' -f1)
+BASE := $(VENV)/.installed-$(HASH)
+DEV := $(VENV)/.installed-dev-$(HASH)
+KERNEL := $(VENV)/.installed-notebooks-$(HASH)
+DOCS := $(VENV)/.installed-docs-$(HASH)
 PARITY := .venv-parity/.installed-$(HASH)
 PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
-PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
+PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 
-.PHONY: demo test test-slow test-parity faults notebooks docs docs-pictures models lint install clean
+.PHONY: demo test unit test-slow test-parity test-oldest test-newest faults notebooks docs docs-pictures models lint
+.PHONY: install release clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
 	$(BIN)/lightning-tilt fit --config $(CONFIG) $(ARGS)
 	@ls -t runs/*/before_after.png 2>/dev/null | head -n 1 | sed 's/^/Before and after: /'
 
+test: lint unit
+
 # Many small tensors: one thread a worker is faster than many threads in one.
-test: lint
+unit: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 $(PYTEST_ARGS)
 
 test-slow: $(DEV)
@@ -55,6 +66,13 @@ $(PARITY):
 # Memory for two CLIP ViT-H/14 in float32 is needed: 16 GB.  PYTEST_ARGS="-m 'not slow'" leaves them out.
 test-parity: $(PARITY)
 	OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest tests/parity -m "slow or not slow" $(PYTEST_ARGS)
+
+# Linters and types are a matter of the pinned versions alone; what old libraries are warned of, of themselves.
+test-oldest:
+	$(MAKE) unit VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt PYTEST_ARGS="-W default $(PYTEST_ARGS)"
+
+test-newest:
+	$(MAKE) unit VENV=.venv-newest CONSTRAINTS=
 
 faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py
@@ -80,11 +98,14 @@ models: $(DEV)
 
 install: $(DEV)
 
-.venv/pyvenv.cfg:
-	$(PYTHON) -m venv .venv
+release: $(DEV)
+	$(BIN)/python scripts/release.py "$(VERSION)" $(ARGS)
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
 
 # torch comes first and alone: it is most of the download, and the one worth a progress bar.
-$(BASE): | .venv/pyvenv.cfg
+$(BASE): | $(VENV)/pyvenv.cfg
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --quiet --editable .
 	@touch $@

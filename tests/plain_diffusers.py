@@ -25,7 +25,7 @@ def with_weights(base: str, weights: str) -> Any:
         if (Path(weights) / name).is_dir():
             tuned = type(pipeline.components[name]).from_pretrained(weights, subfolder=name)
             return DiffusionPipeline.from_pretrained(base, **{name: tuned})
-    pipeline.load_lora_weights(weights)
+    pipeline.load_lora_weights(weights, weight_name="pytorch_lora_weights.safetensors")
     return pipeline
 
 

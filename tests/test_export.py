@@ -92,7 +92,7 @@ def test_a_fresh_process_with_plain_diffusers_draws_the_same_images(family: str,
         start = predictor.process.grid(STEPS)[:1].expand(2)
         output = predictor.predict(noise[0], start, predictor.encode(PROMPTS, 2))
     with predictor.base() as untuned:
-        assert (ours(untuned, noise, 0.0) - mine).abs().max() > 0.01  # what is compared is not the base
+        assert (ours(untuned, noise, 0.0) - mine).abs().max() > 1e-3  # what is compared is not the base
     for name in ("weights", "whole"):
         torch.testing.assert_close(found[f"{name}.output"], output, rtol=0, atol=1e-5)
         torch.testing.assert_close(found[f"{name}.images"], mine, rtol=0, atol=1e-4)

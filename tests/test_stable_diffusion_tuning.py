@@ -91,7 +91,7 @@ def test_saved_adapters_work_in_plain_diffusers(
     kick(predictor)
     predictor.save(tmp_path)
     pipeline = plain(family, sd15_folder if family == "sd15" else sd3_folder)
-    pipeline.load_lora_weights(tmp_path)
+    pipeline.load_lora_weights(tmp_path, weight_name="pytorch_lora_weights.safetensors")
     x, t, condition = batch(predictor)
     with torch.no_grad():
         tuned = predictor.predict(x, t, condition)

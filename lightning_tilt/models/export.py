@@ -63,7 +63,8 @@ def how_to_load(
     elif adapted:
         lines = [
             f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({base!r}, {dtype})",
-            "pipeline.load_lora_weights(FOLDER)",
+            # diffusers before 0.40 looks into no folder where HF_HUB_OFFLINE is set
+            'pipeline.load_lora_weights(FOLDER, weight_name="pytorch_lora_weights.safetensors")',
         ]  # fmt: skip
     else:
         lines = [
