@@ -43,13 +43,14 @@ demo: $(BASE)
 	$(BIN)/lightning-tilt fit --config $(CONFIG) $(ARGS)
 	@ls -t runs/*/before_after.png 2>/dev/null | head -n 1 | sed 's/^/Before and after: /'
 
-test: lint unit
+# With the documentation's own requirements, so that its tests are not skipped.
+test: lint $(DOCS) unit
 
 # Many small tensors: one thread a worker is faster than many threads in one.
 unit: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 $(PYTEST_ARGS)
 
-test-slow: $(DEV)
+test-slow: $(DEV) $(DOCS)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 # Warnings of pip about hpsv2 are right: it pins an old pytest, so what it needs is installed by name, without its pins,

@@ -70,7 +70,7 @@ def test_version_has_one_source() -> None:
 def test_constraints_pin_every_requirement_within_its_floor() -> None:
     pinned = pins()
     extras = PROJECT["project"]["optional-dependencies"]
-    for requirement in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["dev"]]):
+    for requirement in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["docs"]]):
         assert pinned[canonical(requirement.name)] in requirement.specifier, requirement.name
 
 
