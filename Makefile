@@ -4,6 +4,7 @@
 #   make test    linters, types, unit tests, doctests and every small config; PYTEST_ARGS="..." more flags
 #   make test-slow   the tests that take longer than a minute
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
+#   make bench   benchmarks/RESULTS.md anew; ONLY="names ..." some of its sections, ARGS=--quick a size that shows it runs
 #   make faults  the table of what killed runs come back from
 #   make lint    ruff and mypy alone         make models   train the embedded models again
 #   make clean   remove what the tools leave (not .venv*, not runs/)
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/digits/sd15_adjoint_matching.yaml
 ARGS ?=
+ONLY ?=
 PYTEST_ARGS ?=
 
 BIN := .venv/bin
@@ -22,7 +24,7 @@ PARITY := .venv-parity/.installed-$(HASH)
 PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-check --constraint constraints.txt
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-parity faults models lint install clean
+.PHONY: demo test test-slow test-parity bench faults models lint install clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -50,6 +52,9 @@ $(PARITY):
 # Memory for two CLIP ViT-H/14 in float32 is needed: 16 GB.  PYTEST_ARGS="-m 'not slow'" leaves them out.
 test-parity: $(PARITY)
 	OMP_NUM_THREADS=1 .venv-parity/bin/python -m pytest tests/parity -m "slow or not slow" $(PYTEST_ARGS)
+
+bench: $(BASE)
+	$(BIN)/python benchmarks/bench.py $(ONLY) $(ARGS)
 
 faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py
