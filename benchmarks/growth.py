@@ -62,7 +62,7 @@ def processes(count: int, steps: int, samples: int, updates: int) -> tuple[float
 def main() -> None:
     """Measure and write the tables."""
     args = parser(__doc__).parse_args()
-    updates, steps, samples = (1, [3, 6], [8, 16]) if args.quick else (3, [8, 16, 32, 64], [8, 16, 32, 64])
+    updates, steps, samples = (1, [3, 6], [8, 16]) if args.quick else (2, [8, 16, 32], [8, 16, 32])
     rows = []
     for name, grid in (("steps", [(k, samples[0]) for k in steps]), ("samples", [(steps[0], n) for n in samples])):
         found = [measure(k, n, updates) for k, n in grid]

@@ -4,8 +4,8 @@
 
 Every call of the denoiser, its backward passes (to the input in the adjoint sweep, to the weights in the loss) and the
 decoding of the reward are timed where they happen: forwards by a wrapper around the network, backwards as the time
-spent inside autograd.  The rest - kernels, noise, bookkeeping, Lightning, the optimiser - is overhead.  Both are clocked
-in the same seconds of the same process, so a busy machine slows both alike.
+spent inside autograd.  The rest - kernels, noise, bookkeeping, Lightning, the optimiser - is overhead.  Both are
+clocked in the same seconds of the same process, so a busy machine slows both alike.
 """
 
 import time

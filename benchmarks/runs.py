@@ -42,6 +42,8 @@ class CpuClock(Callback):
 class Bytes(Callback):
     """The most bytes of tensors that the last update made and held at once, and what was there between updates.
 
+    The model is a diffusers pipeline.
+
     Attributes:
         peak: bytes made inside of the update, its gradients among them.
         held: bytes of all weights and of the optimiser's state.
@@ -67,7 +69,9 @@ class Bytes(Callback):
         """Read off."""
         if trainer.global_step == self.updates:
             self._tracker.__exit__(None, None, None)
-            self.peak, self.held = self._tracker.peak, held([pl_module], trainer.optimizers[0])
+            parts = pl_module.predictor.pipeline.components.values()
+            networks = [p for p in (*parts, *pl_module.predictor.sharded_networks()) if isinstance(p, torch.nn.Module)]
+            self.peak, self.held = self._tracker.peak, held(networks, trainer.optimizers[0])
 
 
 def held(modules: Sequence[torch.nn.Module], optimizer: torch.optim.Optimizer) -> int:
