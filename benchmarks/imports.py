@@ -1,6 +1,6 @@
 """What importing the package and asking for help cost, in imports of lightning.
 
-    python benchmarks/imports.py [--repeats 5]
+    python benchmarks/imports.py [--repeats 3]
 
 CPU seconds of fresh processes; of each command the least of the repeats, which take turns.
 """
@@ -35,7 +35,7 @@ def cpu_seconds(command: list[str]) -> float:
 def main() -> None:
     """Measure and write the table."""
     arguments = parser(__doc__)
-    arguments.add_argument("--repeats", type=int, default=5)
+    arguments.add_argument("--repeats", type=int, default=3)
     args = arguments.parse_args()
     turns = [{name: cpu_seconds(c) for name, c in COMMANDS.items()} for _ in range(1 if args.quick else args.repeats)]
     least = {name: min(turn[name] for turn in turns) for name in COMMANDS}

@@ -1,6 +1,6 @@
 """Reward against network forwards on the digits: one figure, every loss, the same budget.
 
-    python benchmarks/reward_curves.py [names ...] [--budget 40000]
+    python benchmarks/reward_curves.py [names ...] [--budget 16000]
 
 Each loss of `digits_losses.py` tunes the demo's LoRA until it has spent so many network forwards, at a constant rate,
 with 24 paths an update.  At every quarter of the budget the memoryless chain of 16 steps is judged: the mean reward of
@@ -116,9 +116,9 @@ def main() -> None:
     """Tune by each loss, and write table and figure."""
     arguments = parser(__doc__)
     arguments.add_argument("names", nargs="*", default=list(LOSSES), metavar="names", help=", ".join(LOSSES))
-    arguments.add_argument("--budget", type=int, default=40_000, help="network forwards of each loss")
+    arguments.add_argument("--budget", type=int, default=16_000, help="network forwards of each loss")
     args = arguments.parse_args()
-    budget, samples, base_samples = (1000, 2, 4) if args.quick else (args.budget, 16, 128)
+    budget, samples, base_samples = (500, 2, 2) if args.quick else (args.budget, 8, 64)
     figure, curves = (args.out or FILE).with_name("reward_curves.png"), dict[str, Points]()
     rows, way, first = [], None, math.nan
     for name in args.names:
