@@ -1,6 +1,6 @@
 """The package against a plain transcription of the published algorithm, on the same digits network.
 
-    python benchmarks/published.py [--updates 2] [--samples 8]
+    python benchmarks/published.py [--updates 2] [--samples 4]
 
 Supervised pairs a CPU second, network forwards a pair, and bytes of tensors: `published_algorithm.py` with 4 of its 50
 steps supervised and with 20 (10 drawn, the last 10), the package with the same 4 and with all of them.
@@ -79,7 +79,7 @@ def main() -> None:
     """Measure all, and write the table."""
     arguments = parser(__doc__)
     arguments.add_argument("--updates", type=int, default=2, help="that are timed")
-    arguments.add_argument("--samples", type=int, default=8)
+    arguments.add_argument("--samples", type=int, default=4)
     args = arguments.parse_args()
     steps, updates, n = (12, 1, 4) if args.quick else (50, args.updates, args.samples)
     found = {
