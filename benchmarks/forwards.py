@@ -28,7 +28,9 @@ def counted(name: str, content: dict[str, Any], rollouts: int) -> list[str]:
     found, chain = sampler.evaluations, sampler.chain(cli.model, count=False)
     parts = (found.forward, found.vjp, found.backward, found.network, found.reward)
     law = "with noise" if chain.noisy_steps else "ODE"
-    return [name, f"{chain.steps}, {law}", str(every), *(f"{part / found.pairs:.2f}" for part in parts)]
+    row = [name, f"{chain.steps}, {law}", str(every), *(f"{part / found.pairs:.2f}" for part in parts)]
+    print(" | ".join(row), flush=True)
+    return row
 
 
 def mixture(file: Path) -> dict[str, Any]:
