@@ -36,11 +36,12 @@ def flags(steps: int, samples: int, updates: int) -> list[str]:
     return [
         "--sampler.steps", str(steps), "--data.batch_size", str(samples // 4), "--sampler.rollout_micro_batch", "8",
         "--model.adjoint_micro_batch", "8", "--model.loss_micro_batch", "8", "--trainer.max_steps", str(updates),
+        "--model.checkpoint", "true",
     ]  # fmt: skip
 
 
 def measure(steps: int, samples: int, updates: int) -> tuple[float, float, float]:
-    """CPU seconds and forwards of an update, and the bytes it makes."""
+    """CPU seconds and forwards of an update, and the bytes that it makes."""
     clock, size = CpuClock(), Bytes(updates + 2)
     cli = fit(DEMO, [clock, size], flags(steps, samples, updates + 2))
     forwards = find_sampler(cli.model).evaluations.network / (updates + 2)
@@ -75,7 +76,7 @@ def main() -> None:
         name = f"{count} process{'es' if count > 1 else ''} of {samples[0]} samples"
         rows.append([name, f"{seconds / base[0]:.2f}", f"{forwards / base[1]:.2f}", "-"])
     text = (
-        f"An update of the demo (Adjoint Matching, LoRA, all steps supervised) with micro-batches of 8, at "
+        "An update of the demo (Adjoint Matching, LoRA, all steps supervised), checkpointed, in micro-batches of 8, at "
         f"{samples[0]} samples where steps grow and {steps[0]} steps where samples do; each block in its first line. "
         "Bytes are of tensors that an update makes: those of one micro-batch, and the paths. Processes are `ddp`'s "
         "with gloo, their seconds those of the busier one, forwards those of all."
