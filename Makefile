@@ -6,6 +6,7 @@
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
 #   make test-oldest, test-newest   the unit tests in environments of their own, .venv-oldest with the lowest versions that
 #                pyproject.toml allows (on Python 3.10: PYTHON=python3.10), .venv-newest with today's newest
+#   make bench   benchmarks/RESULTS.md anew; ONLY="names ..." some of its sections, ARGS=--quick a size that shows it runs
 #   make faults  the table of what killed runs come back from
 #   make notebooks   execute the notebooks and keep what they show; NOTEBOOKS="01 04" some of them
 #   make docs    the site, strictly, into build/docs   make docs-pictures   the losses' pictures again, half an hour
@@ -16,6 +17,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/digits/sd15_adjoint_matching.yaml
 ARGS ?=
+ONLY ?=
 PYTEST_ARGS ?=
 NOTEBOOKS ?=
 VENV := .venv
@@ -35,8 +37,8 @@ PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-c
 PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 
-.PHONY: demo test unit test-slow test-parity test-oldest test-newest faults notebooks docs docs-pictures models lint
-.PHONY: install release clean
+.PHONY: demo test unit test-slow test-parity test-oldest test-newest faults notebooks docs docs-pictures models
+.PHONY: bench lint install release clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -74,6 +76,9 @@ test-oldest:
 
 test-newest:
 	$(MAKE) unit VENV=.venv-newest CONSTRAINTS=
+
+bench: $(BASE)
+	$(BIN)/python benchmarks/bench.py $(ONLY) $(ARGS)
 
 faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/runs.py

@@ -1,4 +1,4 @@
-"""The demo with every other loss that makes sense on it: LoRA on the digits model, the same prompts, the same reward.
+"""The demo with every other loss that fits it: LoRA on the digits model, the same prompts, the same reward.
 
     python benchmarks/digits_losses.py [names ...] [--updates 80] [--seed 0] [--threads 1]
 
@@ -24,6 +24,7 @@ DEMO = ROOT / "configs/digits/sd15_adjoint_matching.yaml"
 MICRO: dict[str, Any] = {"loss_micro_batch": 64}
 PATHS = MICRO | {"checkpoint": True}
 EIGHT: dict[str, Any] = {"samples_per_condition": 8}
+WEIGHTED = MICRO | {"noisings": 4, "path_weights": "self_normalised"}
 ODE: dict[str, Any] = {
     "steps": 10, "transition": {"class_path": "DDIM", "init_args": {"ddim_eta": 0.0}}, "base_last_step": False,
 }  # fmt: skip
@@ -43,7 +44,20 @@ LOSSES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
         1e-3,
     ),
     "efficient_adjoint_matching": ("EfficientAdjointMatchingTask", MICRO | {"noisings": 8}, ODE, 1e-3),
-}
+    "cross_entropy": ("CrossEntropyTask", PATHS, EIGHT, 2e-3),
+    "exact_reinforce_adjoint_matching": (
+        "ExactReinforceAdjointMatchingTask", MICRO | {"noisings": 4}, ODE | EIGHT, 1e-3,
+    ),
+    "conditional_score_matching": ("ConditionalScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
+    "target_score_matching": ("TargetScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
+    "novel_score_matching": ("NovelScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
+    "mixed_score_matching": ("MixedScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
+}  # fmt: skip
+END_POINTS = {
+    "reinforce_adjoint_matching", "tilt_matching", "efficient_adjoint_matching", "exact_reinforce_adjoint_matching",
+    "conditional_score_matching", "target_score_matching", "novel_score_matching", "mixed_score_matching",
+}  # fmt: skip
+"""The losses that look at noised end points; the others look at the steps of paths."""
 
 
 def config(name: str, updates: int) -> dict[str, Any]:

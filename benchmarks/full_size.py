@@ -1,16 +1,15 @@
 """Memory and network evaluations of every recipe at its real size, on 1, 8 and 64 GPUs, computed without weights.
 
-    python benchmarks/full_size.py [--config configs/sd15/adjoint_matching.yaml ...] [--print]
+    python benchmarks/full_size.py [--config configs/sd15/adjoint_matching.yaml ...]
 
 The numbers are those of `lightning-tilt fit --dry_run memory`; they go into benchmarks/RESULTS.md.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 import torch
-from results import FILE, markdown, write_section
+from results import markdown, parser, publish
 
 from lightning_tilt.cli import TiltCLI
 from lightning_tilt.estimate import Estimate, Settings, estimate
@@ -78,41 +77,32 @@ def _parts(name: str, found: Estimate, flops: int) -> list[str]:
 
 def main() -> None:
     """Estimate every recipe and write the tables."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--config", nargs="*", default=[str(p) for p in RECIPES])
-    parser.add_argument("--print", action="store_true", help="only print")
-    args = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--config", nargs="*", default=[str(p) for p in RECIPES])
+    args = arguments.parse_args()
     first, second = [], []
-    for config in args.config:
+    for config in args.config[: 1 if args.quick else None]:
         settings = Settings.from_config(read_config("--config", config))
         found, flops = estimate(settings), forward_flops(settings)
         name = str(Path(config).relative_to("configs").with_suffix("")) if config.startswith("configs") else config
         first.append(_parts(name, found, flops))
         print(" ".join(first[-1]), flush=True)
         second += [[name, *row] for row in scaling_rows(found)]
-    text = "\n\n".join(
-        [
-            "## Full size on paper",
-            "Computed by `python benchmarks/full_size.py` without weights, by the code of `lightning-tilt fit "
-            "--dry_run memory`: GB are 10^9 bytes of tensors of one process, with 1 GB allowed for CUDA. `weights` are "
-            "those of the denoiser with its adapters or its frozen copy, `others` VAE and rewards; `rollout`, "
-            "`reward`, `adjoint` and `loss` are what a micro-batch of each needs in passing. The fullest of these "
-            "moments (or a step of the optimiser, or the start, before the text encoders leave) is in the peak. TFLOP "
-            "are of one forward of one sample, PFLOP of an update of one process with everything recomputed; the "
-            "reward's network and the VAE are not in them.",
-            markdown(
-                ["recipe", "denoiser", "trained", *PARTS, "**peak**", "TFLOP a forward", "PFLOP an update"],
-                first,
-            ),
-            "One to sixty-four GPUs, each with the recipe's micro-batches and its own prompts: samples and network "
-            "evaluations an update of all GPUs together, and GB on each.",
-            markdown(["recipe", "GPUs", "samples", "forwards", "GB each, ddp", "GB each, fsdp2"], second),
-        ]
+    text = (
+        "Computed without weights, by the code of `lightning-tilt fit --dry_run memory`: GB are 10^9 bytes of tensors "
+        "of one process, with 1 GB allowed for CUDA. `weights` are those of the denoiser with its adapters or its "
+        "frozen copy, `others` VAE and rewards; `rollout`, `reward`, `adjoint` and `loss` are what a micro-batch of "
+        "each needs in passing. The fullest of these moments (or a step of the optimiser, or the start, before the "
+        "text encoders leave) is in the peak. TFLOP are of one forward of one sample, PFLOP of an update of one "
+        "process with everything recomputed; the reward's network and the VAE are not in them."
     )
-    if args.print:
-        print(text)
-    else:
-        write_section("full_size", text, FILE)
+    parts = markdown(["recipe", "denoiser", "trained", *PARTS, "**peak**", "TFLOP a forward", "PFLOP an update"], first)
+    scaling = (
+        "One to sixty-four GPUs, each with the recipe's micro-batches and its own prompts: samples and network "
+        "evaluations an update of all GPUs together, and GB on each."
+    )
+    gpus = markdown(["recipe", "GPUs", "samples", "forwards", "GB each, ddp", "GB each, fsdp2"], second)
+    publish("full_size", "Full size on paper", [text, parts, scaling, gpus], args, "no seed")
 
 
 if __name__ == "__main__":

@@ -15,19 +15,20 @@ import resource
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
+def run(name: str, seed: int, folder: Path, flags: Sequence[str] = ()) -> dict[str, Any]:
     """One config, one seed: its report, and the CPU seconds of the whole command."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     subprocess.run(
         [
             sys.executable, "-m", "lightning_tilt", "fit", "--config", f"configs/toy/{name}.yaml",
-            "--seed_everything", str(seed), "--trainer.default_root_dir", str(folder),
+            "--seed_everything", str(seed), "--trainer.default_root_dir", str(folder), *flags,
         ],
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True,
     )  # fmt: skip

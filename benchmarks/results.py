@@ -1,9 +1,14 @@
-"""Tables of `RESULTS.md`: each between two marks of its own, so that a script can write its table anew."""
+"""`RESULTS.md`: a section each between two marks of its own, so that a script can write its section anew."""
 
+import argparse
+import os
+import platform
+import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-__all__ = ["FILE", "markdown", "write_section"]
+__all__ = ["FILE", "environment", "markdown", "parser", "publish", "write_section"]
 
 FILE = Path(__file__).parent / "RESULTS.md"
 
@@ -24,3 +29,45 @@ def write_section(name: str, text: str, file: Path = FILE) -> None:
     else:
         content = content.rstrip() + "\n\n" + section + "\n"
     file.write_text(content, encoding="utf-8")
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments that every section has: `--quick` and `--out`."""
+    made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
+    made.add_argument(
+        "--quick", action="store_true", help="a size that only shows that it runs; written to --out alone"
+    )
+    made.add_argument("--out", type=Path, help="the file that takes the section, default benchmarks/RESULTS.md")
+    return made
+
+
+def publish(name: str, title: str, parts: Sequence[str], args: argparse.Namespace, seed: str = "seed 0") -> None:
+    """Print a section, and write it with what it was made by.
+
+    Args:
+        name: of the section: `make bench ONLY=name`.
+        title: its heading.
+        parts: paragraphs and tables.
+        args: of `parser`; a quick run is not written unless it is told where.
+        seed: what the draws were keyed by.
+    """
+    made_by = f"`make bench ONLY={name}`, {seed}; {environment()}."
+    text = "\n\n".join([f"## {title}", *parts, made_by])
+    print(text, flush=True)
+    out = args.out or (None if args.quick else FILE)
+    if out is not None:
+        write_section(name, text, out)
+
+
+def environment() -> str:
+    """Machine and versions, in a line."""
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "diffusers", "numpy"))
+    return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -1,18 +1,18 @@
 """Symmetric W2 of particle systems over a plain loop of scipy's Hungarian method, in one run.
 
-    python benchmarks/wasserstein.py [--systems 2000] [--particles 4] [--dimensions 2] [--search auto] [--floors]
+    python benchmarks/wasserstein.py [--systems 2000 --particles 4 --dimensions 2 [--search auto]] [--floors]
 
 The loop does what public code does for every pair: distances, one assignment, one Kabsch rotation by numpy.  It is
 timed on a subset of the pairs and scaled to all of them, since it would take minutes; the transport problem on top is
 the same for both and is timed once, on the matrix that the package made.  `--floors` measures noise floors instead.
 """
 
-import argparse
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from results import markdown, parser, publish
 from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -35,26 +35,26 @@ def loop(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(cost)
 
 
-def ratio(systems: int, particles: int, dimensions: int, search: str, pairs: int) -> None:
-    """Time both on random systems, and compare their values on the subset."""
+def ratio(systems: int, particles: int, dimensions: int, search: str, pairs: int) -> list[str]:
+    """Time both on random systems, and compare their values on the subset: a line of the table."""
     shape = (systems, particles, dimensions)
     generator = torch.Generator().manual_seed(0)
     x, y = (2 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
-    start = time.perf_counter()
+    start = time.process_time()
     cost = squared_symmetric_distances(x, y, search)  # type: ignore[arg-type]
-    ours = time.perf_counter() - start
-    start = time.perf_counter()
+    ours = time.process_time() - start
+    start = time.process_time()
     value = float(squared_transport_cost(cost).sqrt())
-    transport = time.perf_counter() - start
+    transport = time.process_time() - start
     rows = min(systems, max(1, round(pairs**0.5)))
-    start = time.perf_counter()
+    start = time.process_time()
     naive = loop(x[:rows], y[:rows])
-    scaled = (time.perf_counter() - start) * (systems / rows) ** 2
-    print(f"{systems} x {systems} systems of {particles} particles in {dimensions} dimensions, search {search}")
-    print(f"package    {ours:8.2f} s; transport {transport:.2f} s; symmetric W2 {value:.4f}")
-    print(f"plain loop {scaled:8.2f} s, scaled from {rows * rows} pairs; same transport")
-    print(f"mean squared distance on those: package {cost[:rows, :rows].mean():.4f}, plain loop {naive.mean():.4f}")
-    print(f"ratio {scaled / ours:.1f}; with transport {(scaled + transport) / (ours + transport):.1f}")
+    scaled = (time.process_time() - start) * (systems / rows) ** 2
+    return [
+        f"{systems} x {systems} of {particles} in {dimensions} dimensions, {search}", f"{scaled / ours:.1f}",
+        f"{(scaled + transport) / (ours + transport):.1f}", f"{value:.4f}", f"{cost[:rows, :rows].mean():.4f}",
+        f"{naive.mean():.4f}",
+    ]  # fmt: skip
 
 
 def floors() -> None:
@@ -75,20 +75,32 @@ def floors() -> None:
 
 
 def main() -> None:
-    """Print the ratio, or the floors."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--systems", type=int, default=2000)
-    parser.add_argument("--particles", type=int, default=4)
-    parser.add_argument("--dimensions", type=int, default=2)
-    parser.add_argument("--search", default="auto", help="of squared_symmetric_distances")
-    parser.add_argument("--pairs", type=int, default=10_000, help="pairs that the plain loop is timed on")
-    parser.add_argument("--floors", action="store_true", help="measure noise floors instead")
-    args = parser.parse_args()
+    """Write the ratios, or print the floors."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--systems", type=int, help="one case of so many in the place of the table's")
+    arguments.add_argument("--particles", type=int, default=4)
+    arguments.add_argument("--dimensions", type=int, default=2)
+    arguments.add_argument("--search", default="auto", help="of squared_symmetric_distances")
+    arguments.add_argument("--pairs", type=int, default=10_000, help="pairs that the plain loop is timed on")
+    arguments.add_argument("--floors", action="store_true", help="measure noise floors instead")
+    args = arguments.parse_args()
     torch.set_num_threads(1)
     if args.floors:
         floors()
-    else:
-        ratio(args.systems, args.particles, args.dimensions, args.search, args.pairs)
+        return
+    cases = [(1000, 4, 2, "auto"), (200, 13, 3, "alternate"), (200, 13, 3, "thorough")]
+    if args.systems is not None:
+        cases = [(args.systems, args.particles, args.dimensions, args.search)]
+    if args.quick:
+        cases = [(min(n, 10), *rest) for n, *rest in cases]
+    text = (
+        "CPU seconds of the plain loop over those of the package, on one thread. The loop makes one assignment and one "
+        f"rotation a pair; it is timed on {args.pairs:,} pairs and scaled to all. Where it finds a larger distance, "
+        "it has not found the least over permutations and rotations together; the package looks longer."
+    )
+    header = ["systems", "**distances**", "with transport", "symmetric W2", "mean squared distance", "the loop's"]
+    table = markdown(header, [ratio(*case, args.pairs) for case in cases])
+    publish("wasserstein", "Symmetric distances against a plain loop", [text, table], args)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import signal
 from pathlib import Path
 
 import pytest
+
 from runs import RUNS, Fault, faults, survive, whole
 
 

@@ -1,0 +1,122 @@
+"""The package against a plain transcription of the published algorithm, on the same digits network.
+
+    python benchmarks/published.py [--updates 2] [--samples 4]
+
+Supervised pairs a CPU second, network forwards a pair, and bytes of tensors: `published_algorithm.py` with 4 of its 50
+steps supervised and with 20 (10 drawn, the last 10), the package with the same 4 and with all of them.
+"""
+
+from typing import Any
+
+import torch
+from published_algorithm import PublishedAdjointMatching
+from results import markdown, parser, publish
+
+from lightning_tilt.assets import folder
+from lightning_tilt.data import read_prompts
+from lightning_tilt.estimate.tracking import AllocationTracker
+from lightning_tilt.interfaces import find_sampler
+from lightning_tilt.rewards import Ink
+from runs import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
+
+__all__ = ["main", "package", "published"]
+
+LAM = 50.0
+"""The demo's."""
+Found = dict[str, float]
+
+
+def published(steps: int, supervised: int, last: int, samples: int, updates: int) -> Found:
+    """The transcription: one update to warm up, some that are timed, one whose bytes are counted."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    prompts = read_prompts(ROOT / "configs/digits/prompts.txt")[: samples // 4]
+    batch = [prompt for prompt in prompts for _ in range(4)]
+    plain = PublishedAdjointMatching(
+        str(folder("digits-sd15")), Ink().score, LAM, steps=steps, supervised=supervised, last=last, lr=3e-4
+    )
+    calls = [0]
+    for network in (plain.base, plain.tuned):
+        network.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + samples))
+    plain.update(batch)
+    start, calls[0], pairs = cpu_seconds(), 0, 0
+    for _ in range(updates):
+        pairs += plain.update(batch)
+    seconds = cpu_seconds() - start
+    # Beside the forwards that the hooks have seen: a VJP for each swept state, two for each backward pass.
+    network_evaluations = calls[0] + updates * samples * steps + 2 * pairs
+    with AllocationTracker() as tracker:
+        plain.update(batch)
+    parts = [plain.base, plain.tuned, plain.pipeline.vae, plain.pipeline.text_encoder]
+    return {
+        "pairs": pairs / updates, "pairs/s": pairs / seconds, "forwards": network_evaluations / pairs,
+        "forwards/s": network_evaluations / seconds, "held": held(parts, plain.optimizer), "peak": tracker.peak,
+    }  # fmt: skip
+
+
+def package(config: str, steps: int, supervised: int | str, checkpoint: bool, samples: int, updates: int) -> Found:
+    """The same of a config of the digits."""
+    flags = {
+        "sampler.steps": steps, "sampler.rollout_micro_batch": samples, "data.batch_size": samples // 4,
+        "model.supervised_steps": supervised, "model.checkpoint": str(checkpoint).lower(),
+        "model.adjoint_micro_batch": samples, "model.loss_micro_batch": samples,
+        "trainer.max_steps": updates + 2, "trainer.gradient_clip_val": 1.0,
+    }  # fmt: skip
+    clock, size = CpuClock(), Bytes(updates + 2)
+    cli: Any = fit(
+        ROOT / f"configs/digits/{config}.yaml", [clock, size],
+        [text for name, value in flags.items() for text in (f"--{name}", str(value))],
+    )  # fmt: skip
+    counted, seconds = find_sampler(cli.model).evaluations, sum(clock.seconds[1:-1]) / updates
+    pairs, network = counted.pairs / (updates + 2), counted.network / (updates + 2)
+    return {
+        "pairs": pairs, "pairs/s": pairs / seconds, "forwards": network / pairs, "forwards/s": network / seconds,
+        "held": size.held, "peak": size.peak,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure all, and write the table."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--updates", type=int, default=2, help="that are timed")
+    arguments.add_argument("--samples", type=int, default=4)
+    args = arguments.parse_args()
+    steps, updates, n = (12, 1, 4) if args.quick else (50, args.updates, args.samples)
+    found = {
+        "published algorithm, 4 steps drawn": published(steps, 4, 0, n, updates),
+        "published algorithm, 10 drawn and the last 10": published(
+            steps, min(20, steps), min(10, steps - 4), n, updates
+        ),
+        "package, all weights, 4 steps drawn": package("sd15_full", steps, 4, False, n, updates),
+        "package, all weights, all steps": package("sd15_full", steps, "all", False, n, updates),
+        "the same, checkpointed": package("sd15_full", steps, "all", True, n, updates),
+        "package, adapters, all steps, checkpointed": package("sd15_adjoint_matching", steps, "all", True, n, updates),
+    }
+    first = next(iter(found.values()))
+    rows = [
+        [
+            name, f"{f['pairs']:.0f}", f"{f['forwards']:.1f}", f"{f['pairs/s'] / first['pairs/s']:.2f}",
+            f"{f['forwards/s'] / first['forwards/s']:.2f}", f"{f['held'] / 1e6:.1f}", f"{f['peak'] / 1e6:.1f}",
+            f"{(f['held'] + f['peak']) / (first['held'] + first['peak']):.2f}",
+        ]
+        for name, f in found.items()
+    ]  # fmt: skip
+    header = [
+        "Adjoint Matching", "pairs an update", "forwards a pair", "**pairs/s**", "forwards/s", "MB held",
+        "MB in passing", "**memory**",
+    ]  # fmt: skip
+    text = (
+        f"{n} paths of {steps} steps, `Ink`, float32, network calls of {n} samples. `published_algorithm.py` is "
+        "written from 2409.08861: a second network, all weights trained, images decoded in the rollout, the whole path "
+        "swept whatever is supervised, a backward pass for each supervised step. **pairs/s** (a CPU second), "
+        "forwards/s and **memory** are in those of its first line. Held are weights, frozen ones too, and the "
+        "optimiser's state; in passing is the most that an update makes, bytes of tensors both. Checkpointed means "
+        "that the loss's micro-batches are recomputed in its backward pass: memory of one for a forward a pair more. "
+        "Pairs of a path are correlated: twice the pairs are not twice the knowledge, and what they are worth is not "
+        "measured here."
+    )
+    publish("published", "Against the published algorithm", [text, markdown(header, rows)], args)
+
+
+if __name__ == "__main__":
+    main()

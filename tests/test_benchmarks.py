@@ -1,0 +1,116 @@
+"""Every section of `benchmarks/RESULTS.md` can be made anew, by the command that it names."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+BENCHMARKS = ROOT / "benchmarks"
+RESULTS = (BENCHMARKS / "RESULTS.md").read_text()
+sys.path.insert(0, str(BENCHMARKS))
+
+import bench  # noqa: E402
+import results  # noqa: E402
+import torch  # noqa: E402
+from published_algorithm import PublishedAdjointMatching  # noqa: E402
+
+from lightning_tilt.assets import folder  # noqa: E402
+from lightning_tilt.rewards import Ink  # noqa: E402
+
+
+def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
+    file = tmp_path / "RESULTS.md"
+    results.write_section("one", "first", file)
+    results.write_section("two", "second", file)
+    results.write_section("one", "third", file)
+    text = file.read_text()
+    assert text.startswith("# Results") and "first" not in text
+    assert text.index("third") < text.index("second") and text.count("<!-- one: begin -->") == 1
+
+
+def test_a_quick_run_is_written_nowhere_unless_it_is_told_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "RESULTS.md"
+    monkeypatch.setattr(results, "FILE", file)
+    results.publish("x", "X", ["body"], results.parser("A.").parse_args(["--quick"]))
+    assert not file.exists()
+    results.publish("x", "X", ["body"], results.parser("A.").parse_args([]))
+    text = file.read_text()
+    assert "## X" in text and "body" in text and "`make bench ONLY=x`, seed 0" in text
+    assert f"torch {torch.__version__.split('+')[0]}" in text and "Python" in text
+
+
+def test_every_section_has_its_script_its_figures_and_its_command() -> None:
+    for name in bench.SECTIONS:
+        assert (BENCHMARKS / f"{name}.py").is_file()
+        section = RESULTS[RESULTS.index(f"<!-- {name}: begin -->") : RESULTS.index(f"<!-- {name}: end -->")]
+        assert f"`make bench ONLY={name}`" in section and "torch" in section and "seed" in section
+    for name in bench.NAMED:
+        assert (BENCHMARKS / f"{name}.py").is_file() and name in RESULTS
+    for picture in re.findall(r"!\[.*?\]\((.+?)\)", RESULTS):
+        assert (BENCHMARKS / picture).is_file()
+
+
+def test_a_section_that_is_not_there_is_named() -> None:
+    command = [sys.executable, str(BENCHMARKS / "bench.py"), "forward"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "no section 'forward'; there are forwards," in done.stderr
+
+
+def test_the_published_algorithm_matches_the_base_where_there_is_no_reward() -> None:
+    """lam = 0: adjoints vanish and the tuned copy is the base, so no gradient moves it."""
+    torch.manual_seed(0)
+    plain = PublishedAdjointMatching(str(folder("digits-sd15")), Ink().score, 0.0, steps=3, supervised=2)
+    plain.optimizer = torch.optim.SGD(plain.tuned.parameters(), lr=1.0)
+    before = [p.clone() for p in plain.tuned.parameters()]
+    assert plain.update(["a handwritten one"]) == 2
+    assert all(torch.equal(a, b) for a, b in zip(before, plain.tuned.parameters(), strict=True))
+
+
+def test_the_published_algorithms_adjoint_is_that_of_a_path_with_its_noise_held() -> None:
+    """The sweep is the gradient of -lam r through X_{k+1} = X_k + drift_base(X_k) + the path's own residual."""
+    torch.manual_seed(0)
+    plain = PublishedAdjointMatching(str(folder("digits-sd15")), Ink().score, 5.0, steps=3, supervised=1)
+    told = plain._encode(["a handwritten one"])
+    states = plain._rollout(told)
+    swept = plain._sweep(states, told)
+    start = states[0].clone().requires_grad_()
+    x = start
+    for k in range(3):
+        residual = (states[k + 1] - states[k] - plain._drift(plain.base, states[k], k, told)).detach()
+        x = x + plain._drift(plain.base, x, k, told) + residual
+    (expected,) = torch.autograd.grad(-5.0 * plain.reward(plain._decode(x)).sum(), start)
+    torch.testing.assert_close(swept[0], expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_published_algorithm_moves_the_reward_upwards() -> None:
+    """The gradient of the first update points to more ink: the summed rewards of the same noise rise."""
+    plain = PublishedAdjointMatching(str(folder("digits-sd15")), Ink().score, 50.0, steps=6, supervised=6, lr=3e-4)
+
+    def rewards() -> float:
+        torch.manual_seed(1)
+        plain._rollout(plain._encode(["a handwritten one", "a handwritten seven"] * 2))
+        return float(plain.rewards.mean())
+
+    before = rewards()
+    torch.manual_seed(0)
+    for _ in range(6):
+        plain.update(["a handwritten one", "a handwritten seven"] * 2)
+    assert rewards() > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bench.SECTIONS)
+def test_every_section_runs_at_its_quick_size(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "RESULTS.md"
+    command = [sys.executable, str(BENCHMARKS / "bench.py"), name, "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = out.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert f"`make bench ONLY={name}`" in text and len(rows) >= 2 and "nan" not in text
+    assert [p.name for p in tmp_path.glob("*.png")] == (["reward_curves.png"] if name == "reward_curves" else [])
