@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from digits_losses import LOSSES, config
 from results import markdown, parser, publish
+from runs import ROOT, fit
 
 from lightning_tilt.interfaces import find_sampler
-from runs import ROOT, fit
 
 __all__ = ["counted", "main"]
 

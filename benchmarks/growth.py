@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning import Callback
 from results import markdown, parser, publish
+from runs import DEMO, Bytes, CpuClock, fit
 
 from lightning_tilt.interfaces import find_sampler
-from runs import DEMO, Bytes, CpuClock, fit
 
 __all__ = ["WriteOut", "main", "measure", "processes"]
 

@@ -18,7 +18,6 @@ from unittest.mock import patch
 import torch
 from lightning import Callback
 from results import markdown, parser, publish
-
 from runs import ROOT, fit
 
 __all__ = ["Stopwatch", "main", "measure"]

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from published_algorithm import PublishedAdjointMatching
 from results import markdown, parser, publish
+from runs import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
 
 from lightning_tilt.assets import folder
 from lightning_tilt.data import read_prompts
 from lightning_tilt.estimate.tracking import AllocationTracker
 from lightning_tilt.interfaces import find_sampler
 from lightning_tilt.rewards import Ink
-from runs import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
 
 __all__ = ["main", "package", "published"]
 

@@ -17,13 +17,13 @@ import matplotlib.pyplot as plt
 from digits_losses import END_POINTS, LOSSES, config
 from lightning import Callback
 from results import FILE, markdown, parser, publish
+from runs import ROOT, fit
 from torch import Tensor
 
 from lightning_tilt.data import read_prompts
 from lightning_tilt.identities import Estimate, expectation, mean, stratified
 from lightning_tilt.interfaces import find_sampler
 from lightning_tilt.transition import DDIM
-from runs import ROOT, fit
 
 __all__ = ["Judge", "main"]
 

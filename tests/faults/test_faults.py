@@ -4,7 +4,6 @@ import signal
 from pathlib import Path
 
 import pytest
-
 from runs import RUNS, Fault, faults, survive, whole
 
 
