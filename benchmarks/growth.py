@@ -36,7 +36,7 @@ def flags(steps: int, samples: int, updates: int) -> list[str]:
     return [
         "--sampler.steps", str(steps), "--data.batch_size", str(samples // 4), "--sampler.rollout_micro_batch", "8",
         "--model.adjoint_micro_batch", "8", "--model.loss_micro_batch", "8", "--trainer.max_steps", str(updates),
-        "--model.checkpoint", "true",
+        "--model.checkpoint", "true", "--sampler.reward_micro_batch", "8",
     ]  # fmt: skip
 
 

@@ -37,7 +37,7 @@ class PublishedAdjointMatching:
     def __init__(
         self, folder: str, reward: Any, lam: float, *, steps: int, supervised: int, last: int = 0, lr: float = 1e-4
     ) -> None:
-        self.pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        self.pipeline = StableDiffusionPipeline.from_pretrained(folder).to(torch.float32)
         self.pipeline.vae.requires_grad_(False)
         self.base = self.pipeline.unet.requires_grad_(False).eval()
         self.tuned = copy.deepcopy(self.base).requires_grad_(True)

@@ -117,9 +117,10 @@ def draw(file: Path, curves: dict[str, Points], way: tuple[Estimate, Estimate]) 
 
 def row(name: str, points: Points, budget: int, whole: float, updates: int, seconds: float) -> list[str]:
     """A line of the table: the way at each quarter, and what an update took."""
-    columns = [""] * 4  # an update that spends more than a quarter passes over some, and a loss may end early
+    columns, last = [""] * 4, 0  # an update that spends more than a quarter passes over some, a loss may end early
     for spent, gain, se in points:
-        columns[max(min(round(4 * spent / budget), 4), 1) - 1] = f"{gain / whole:.0%} +- {se / whole:.0%}"
+        last = min(max(int(4 * spent / budget), last + 1), 4)
+        columns[last - 1] = f"{gain / whole:.0%} +- {se / whole:.0%}"
     return [name, "end points" if name in END_POINTS else "paths", *columns, str(updates), f"{seconds:.2f}"]
 
 
