@@ -38,9 +38,21 @@ def judged_rewards(host: Any, samples: int, base: bool = False) -> Tensor:
     return path.reward.double().cpu().reshape(len(PROMPTS), samples)
 
 
-def the_way(rewards: Tensor, lam: float) -> tuple[Estimate, Estimate]:
-    """Mean reward of the base and of the exact tilt, from the base's (prompts, samples)."""
-    return stratified([mean(r) for r in rewards]), stratified([expectation(r, lam * r) for r in rewards])
+def the_way(host: Any, samples: int) -> tuple[Estimate, Estimate]:
+    """Mean reward of the base and of the exact tilt, from so many base samples a prompt: those of the demo's report.
+
+    With few samples a prompt the reweighted mean is biased towards the base.
+    """
+    sampler, lam = find_sampler(host).variant(16, DDIM()), host.lam.lam
+    base, exact = [], []
+    for number, prompt in enumerate(PROMPTS):
+        path = sampler.rollout(
+            host, [prompt], stream="report", number=number, base=True, samples_per_condition=samples, world=(1, 0)
+        )
+        rewards = path.reward.double().cpu()
+        base.append(mean(rewards))
+        exact.append(expectation(rewards, lam * rewards))
+    return stratified(base), stratified(exact)
 
 
 class Judge(Callback):
@@ -60,7 +72,7 @@ class Judge(Callback):
         """Judge the base."""
         self._base = judged_rewards(pl_module, self.samples, base=True)
         if self.way is None:
-            self.way = the_way(judged_rewards(pl_module, self.base_samples, base=True), pl_module.lam.lam)
+            self.way = the_way(pl_module, self.base_samples)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         """Judge, where another quarter has been spent."""
@@ -130,7 +142,7 @@ def main() -> None:
     arguments.add_argument("names", nargs="*", default=list(LOSSES), metavar="names", help=", ".join(LOSSES))
     arguments.add_argument("--budget", type=int, default=16_000, help="network forwards of each loss")
     args = arguments.parse_args()
-    budget, samples, base_samples = (500, 2, 2) if args.quick else (args.budget, 8, 64)
+    budget, samples, base_samples = (500, 2, 2) if args.quick else (args.budget, 8, 384)
     figure, curves = (args.out or FILE).with_name("reward_curves.png"), dict[str, Points]()
     rows, way, first = [], None, math.nan
     for name in args.names:
