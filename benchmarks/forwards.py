@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from digits_losses import LOSSES, config
 from results import markdown, parser, publish
-from runs import ROOT, fit
+from short_fits import ROOT, fit
 
 from lightning_tilt.interfaces import find_sampler
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning import Callback
 from results import markdown, parser, publish
-from runs import DEMO, Bytes, CpuClock, fit
+from short_fits import DEMO, Bytes, CpuClock, fit
 
 from lightning_tilt.interfaces import find_sampler
 

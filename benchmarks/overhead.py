@@ -18,7 +18,7 @@ from unittest.mock import patch
 import torch
 from lightning import Callback
 from results import markdown, parser, publish
-from runs import ROOT, fit
+from short_fits import ROOT, fit
 
 __all__ = ["Stopwatch", "main", "measure"]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from published_algorithm import PublishedAdjointMatching
 from results import markdown, parser, publish
-from runs import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
+from short_fits import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
 
 from lightning_tilt.assets import folder
 from lightning_tilt.data import read_prompts

@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from digits_losses import END_POINTS, LOSSES, config
 from lightning import Callback
 from results import FILE, markdown, parser, publish
-from runs import ROOT, fit
+from short_fits import ROOT, fit
 from torch import Tensor
 
 from lightning_tilt.data import read_prompts
