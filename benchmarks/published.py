@@ -112,9 +112,9 @@ def main() -> None:
         "forwards/s and **memory** are in those of its first line. Held are weights, frozen ones too, and the "
         "optimiser's state; in passing is the most that an update makes, bytes of tensors both. Checkpointed means "
         "that the loss's micro-batches are recomputed in its backward pass: memory of one for a forward a pair more. "
-        "Calls are small here, so forwards/s shows what the package does around them at its worst (`overhead` has larger "
-        "ones). Pairs of a path are correlated: twice the pairs are not twice the knowledge, and what they are worth is not "
-        "measured here."
+        "Calls are small here, so forwards/s shows what the package does around them at its worst (`overhead` has "
+        "larger ones). Pairs of a path are correlated: twice the pairs are not twice the knowledge, and what they are "
+        "worth is not measured here."
     )
     publish("published", "Against the published algorithm", [text, markdown(header, rows)], args)
 
