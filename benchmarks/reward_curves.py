@@ -8,8 +8,6 @@ its samples minus that of the base's from the same noise, in parts of the way to
 samples give.  What a loss asks of the sampler (an ODE of ten steps, eight samples a prompt) is in `digits_losses.py`.
 """
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +125,13 @@ def draw(file: Path, curves: dict[str, Points], way: tuple[Estimate, Estimate]) 
     plt.close(figure)
 
 
-def row(name: str, points: Points, budget: int, whole: float, updates: int, seconds: float) -> list[str]:
-    """A line of the table: the way at each quarter, and what an update took."""
+def row(name: str, points: Points, budget: int, whole: float, updates: int) -> list[str]:
+    """A line of the table: the way at each quarter."""
     columns, last = [""] * 4, 0  # an update that spends more than a quarter passes over some, a loss may end early
     for spent, gain, se in points:
         last = min(max(int(4 * spent / budget), last + 1), 4)
         columns[last - 1] = f"{gain / whole:.0%} +- {se / whole:.0%}"
-    return [name, "end points" if name in END_POINTS else "paths", *columns, str(updates), f"{seconds:.2f}"]
+    return [name, "end points" if name in END_POINTS else "paths", *columns, str(updates)]
 
 
 def main() -> None:
@@ -144,16 +142,14 @@ def main() -> None:
     args = arguments.parse_args()
     budget, samples, base_samples = (500, 2, 2) if args.quick else (args.budget, 8, 384)
     figure, curves = (args.out or FILE).with_name("reward_curves.png"), dict[str, Points]()
-    rows, way, first = [], None, math.nan
+    rows, way = [], None
     for name in args.names:
-        judge, start = Judge(budget, samples, base_samples, way), time.process_time()
+        judge = Judge(budget, samples, base_samples, way)
         cli = tuned(name, judge)
         way, curves[name] = judge.way, judge.points
-        rate = (time.process_time() - start) / judge.points[-1][0]
-        first = rate if math.isnan(first) else first
         assert way is not None
         whole = way[1].mean - way[0].mean
-        rows.append(row(name, judge.points, budget, whole, cli.trainer.global_step, rate / first))
+        rows.append(row(name, judge.points, budget, whole, cli.trainer.global_step))
         print(" | ".join(rows[-1]), flush=True)
         if args.out is not None or not args.quick:
             draw(figure, curves, way)
@@ -166,10 +162,10 @@ def main() -> None:
         "same noise. More than 100 % is not better: the tilt is what was asked for. Rates of learning are the first "
         "that were tried (`digits_losses.py`), the same for a family; a loss can do better than here."
     )
-    header = ["loss", "looks at", *(f"{budget * i // 4:,}" for i in range(1, 5)), "updates", "CPU s a forward"]
+    header = ["loss", "looks at", *(f"{budget * i // 4:,}" for i in range(1, 5)), "updates"]
     picture = f"![Reward against network forwards]({figure.name})"
     note = (
-        "Seconds are in those of the first line. On policy `grpo` with the exact penalty makes the updates of "
+        "On policy `grpo` with the exact penalty makes the updates of "
         "`reinforce`; Tilt Matching ends where its last level is reached. Efficient Adjoint Matching and target, novel "
         "and mixed score matching read the base's score at the end points, and latents have no gentle one: its noise "
         "hides the reward. AdjointSampling, CMCD, NETS and TrajectoryBalance sample densities."
