@@ -203,7 +203,7 @@ def test_chunks_change_neither_value_nor_gradient(
     for reward in (whole, chunked):
         values.append(reward.score(x, PROMPTS))
         gradients.append(torch.autograd.grad(weights @ values[-1], x)[0])
-    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(values[1], values[0], rtol=1e-5, atol=5e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
     assert gradients[0].abs().sum() > 0
 
