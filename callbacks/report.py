@@ -201,7 +201,7 @@ class TiltReport(Callback):
         report |= {
             "loss": _loss_name(host),
             "reward": type(host.reward).__name__,
-            "sources": sources_of(host.modules()),
+            "sources": sources_of([*host.modules(), sampler]),
             "chain": f"{chain.steps} steps of {chain.transition!r}",
             "evaluations": evaluations.as_dict(),
             "updates": trainer.global_step,

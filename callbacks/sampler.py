@@ -25,6 +25,7 @@ from ..trajectory import Trajectory
 from ..transition import DDIM, Transition
 from .bad_samples import BadSamples
 from .buffer import ReplayBuffer, everybodys
+from .cited_steps import CitedSteps
 from .resumable import Resumable
 from .scoring import score_end_points
 from .surroundings import check_counts, device_and_dtype, global_numbers, global_seed, prompts_of
@@ -32,7 +33,7 @@ from .surroundings import check_counts, device_and_dtype, global_numbers, global
 __all__ = ["TrajectorySampler"]
 
 
-class TrajectorySampler(Resumable):
+class TrajectorySampler(Resumable, CitedSteps):
     """Roll the current model out on each training batch.
 
     On policy by default. With `rollout_every: n` a rollout is due at every n-th batch alone; the batches between draw

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..chain import evaluating
 from ..identities import resample
-from ..interfaces import Loss
+from ..interfaces import Loss, sources_of
 from ..interfaces.not_finite import judge, where_of
 from ..noise import Stream, keyed_normal, keyed_uniform_rows
 from ..run_folder import write_json
@@ -41,6 +41,10 @@ class SteeredSampler(TrajectorySampler):
         self.smc = replace(smc, scale=sampler.guidance_scale, micro_batch=sampler.rollout_micro_batch)
         self.found: list[dict[str, Any]] = []
 
+    def own_sources(self) -> tuple[str, ...]:
+        """Of the sampler and of sequential Monte Carlo."""
+        return (*super().own_sources(), *self.smc.own_sources())
+
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget an earlier prediction."""
         self.found = []
@@ -51,7 +55,8 @@ class SteeredSampler(TrajectorySampler):
         if not trainer.is_global_zero or not found:
             return
         path = Path(trainer.default_root_dir) / "steering.json"
-        write_json(path, {"smc": {k: v for k, v in self.smc.__dict__.items()}, "batches": found})
+        sources = sources_of([*pl_module.modules(), self])
+        write_json(path, {"smc": {k: v for k, v in self.smc.__dict__.items()}, "sources": sources, "batches": found})
         z = found[0]["log_z"]
         rank_zero_info(f"Steering: log Z {z['mean']:.3f} +- {z['se']:.3f} in the first batch; all of it in {path}")
 

@@ -1,6 +1,6 @@
-"""What to cite: `lightning_tilt.citation`, the papers behind a run's loss, reward and model, and this software.
+"""What to cite: `lightning_tilt.citation`, the papers behind a run's loss, reward, model and sampler, and itself.
 
-Each class says what it is from (`Cited.sources`), in keys of `references.bib`; here they are looked up.  An own loss or
+Each class says what it is from (`Cited`), in keys of `references.bib`; here they are looked up.  An own loss or
 reward is found too, with whole entries in its `sources`.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lightning_tilt.interfaces.cited import sources_of
+from lightning_tilt.interfaces.cited import Cited, sources_of
 
 __all__ = ["citation", "entries"]
 
@@ -29,21 +29,25 @@ _SOFTWARE = """@misc{{lightning_tilt,
 _ROOMS = ("tasks", "losses", "rewards", "rewards.energies", "models")
 """Whose names stand without their paths in a configuration, outermost first."""
 
+_BLOCKS = {"sampler": "lightning_tilt.callbacks.TrajectorySampler", "smc": "lightning_tilt.steering.SMC"}
+"""Blocks of a configuration that name no class, for there is one alone."""
+
 
 def citation(run: nn.Module | Mapping[str, Any] | str | Path) -> str:
-    """What a run should cite, as BibTeX: this software, its loss, reward and model.
+    """What a run should cite, as BibTeX: this software, its loss, reward, model and sampler.
 
     Args:
-        run: the module that is trained, a loss and host in one; or a configuration as a dictionary, with class paths in
-            full or short; or a run's folder, its `config.yaml` or its `report.json`.
+        run: the module that is trained, a loss and host in one, which knows no sampler; or a configuration as a
+            dictionary, with class paths in full or short; or a run's folder, its `config.yaml`, `report.json` or
+            `steering.json`.
 
     Returns:
         Entries, a blank line between them.  A class of a configuration that cannot be imported here is named in a
         comment.
 
     Raises:
-        FileNotFoundError: if a folder has neither of the two files, or there is nothing of the name.
-        ValueError: if a file is neither, or a class names a source that `references.bib` does not have.
+        FileNotFoundError: if a folder has none of the files, or there is nothing of the name.
+        ValueError: if a file is none of them, or a class names a source that `references.bib` does not have.
 
     Example:
         >>> text = citation({"model": {"class_path": "TargetScoreMatchingTask"}})
@@ -92,19 +96,30 @@ def _sources(run: nn.Module | Mapping[str, Any] | str | Path) -> tuple[list[str]
         return sources_of(run.modules()), []
     sources, missing = list[str](), list[str]()
     for content in [run] if isinstance(run, Mapping) else _read(Path(run).expanduser()):
-        if isinstance(content.get("sources"), list):  # a report
+        if isinstance(content.get("sources"), list):  # a report, or of steering
             sources += content["sources"]
             continue
-        used = {"model": content.get("model"), **content}  # first of all
-        found = list(_classes({key: value for key, value in used.items() if key != "data"}))
-        sources += sources_of(c for c in found if isinstance(c, type))
-        missing += [c for c in found if isinstance(c, str)]
+        for found, arguments in _classes(_with_blocks(content)):
+            if isinstance(found, str):
+                missing.append(found)
+            elif issubclass(found, Cited):
+                sources += found.sources_with(arguments)
     return list(dict.fromkeys(sources)), list(dict.fromkeys(missing))
 
 
+def _with_blocks(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without its data, its model first, its blocks with their classes if they are used."""
+    used = {"model": content.get("model"), **content}
+    unused = {"data"} | ({"smc"} if content.get("steering") != "smc" else set())
+    made = {
+        name: {"class_path": path, "init_args": used.get(name) or {}} for name, path in _BLOCKS.items() if name in used
+    }
+    return {name: made.get(name, value) for name, value in used.items() if name not in unused}
+
+
 def _read(path: Path) -> Iterator[Mapping[str, Any]]:
-    """A run's configuration and report, as far as they are there."""
-    files = [path / name for name in ("config.yaml", "report.json")] if path.is_dir() else [path]
+    """A run's configuration, report and steering, as far as they are there."""
+    files = [path / name for name in ("config.yaml", "report.json", "steering.json")] if path.is_dir() else [path]
     files = [file for file in files if file.is_file()]
     if not files:
         raise FileNotFoundError(f"{str(path)!r} is no folder of a run: it has neither a config.yaml nor a report.json")
@@ -119,16 +134,18 @@ def _read(path: Path) -> Iterator[Mapping[str, Any]]:
         yield content
 
 
-def _classes(config: Any, key: str = "") -> Iterator[type | str]:
-    """The classes that a configuration names, and, as text, those that cannot be imported."""
+def _classes(
+    config: Any, key: str = "", arguments: Mapping[str, Any] | None = None
+) -> Iterator[tuple[type | str, Mapping[str, Any]]]:
+    """The classes that a configuration names and their arguments; as text those that cannot be imported."""
     if isinstance(config, Mapping):
         for name, value in config.items():
-            yield from _classes(value, name)
+            yield from _classes(value, name, config.get("init_args"))
     elif isinstance(config, list):
         for value in config:
             yield from _classes(value)
     elif isinstance(config, str) and (found := _class(config, key == "class_path")) is not None:
-        yield found
+        yield found, (arguments or {}) if key == "class_path" else {}
 
 
 def _class(name: str, is_path: bool) -> type | str | None:

@@ -20,11 +20,17 @@ import lightning_tilt.models
 import lightning_tilt.rewards
 import lightning_tilt.rewards.energies
 from lightning_tilt import citation
-from lightning_tilt.interfaces import Cited, Loss, Predictor, Reward
-from lightning_tilt.models import EquivariantTilt, GaussianBase
+from lightning_tilt.assets import folder
+from lightning_tilt.callbacks import SteeredSampler, TrajectorySampler
+from lightning_tilt.interfaces import Cited, Loss, Predictor, Reward, sources_of
+from lightning_tilt.models import EquivariantTilt, GaussianBase, LatentDiffusion, NeuralTilt, StableDiffusion
+from lightning_tilt.models.guide import Guide
 from lightning_tilt.references import entries
 from lightning_tilt.rewards import HPSv2, Ink, JPEGCompressibility, WeightedSum
+from lightning_tilt.rewards.energies import GMM40
+from lightning_tilt.steering import SMC
 from lightning_tilt.tasks import AdjointMatchingTask
+from lightning_tilt.transition import DDIM, EulerMaruyama
 
 ARXIV = re.compile(r"\b\d{4}\.\d{5}\b")
 # Rewards of our own making, and combinations, which are cited by their parts.
@@ -44,6 +50,17 @@ def public(room: ModuleType, kind: type) -> list[type[Any]]:
 LOSSES = public(lightning_tilt.losses, Loss)
 REWARDS = [c for room in (lightning_tilt.rewards, lightning_tilt.rewards.energies) for c in public(room, Reward)]
 MODELS = [c for c in public(lightning_tilt.models, Predictor) if c.sources]
+OTHERS: list[type[Cited]] = [Guide, SMC]
+# Of an option: where it is documented, a class, arguments that choose it, and what is added to `sources`.
+OPTIONS: list[tuple[str, type[Cited], dict[str, Any], tuple[str, ...]]] = [
+    ("lightning_tilt.models.lora", LatentDiffusion, {"tuning": "lora"}, ("hu2021lora",)),
+    ("lightning_tilt.callbacks.cited_steps", TrajectorySampler, {"guidance_scale": 2.0}, ("ho2022classifier",)),
+    (
+        "lightning_tilt.callbacks.cited_steps", TrajectorySampler,
+        {"transition": {"class_path": "DDIM", "init_args": {"ddim_eta": 0.5}}}, ("song2020denoising",),
+    ),
+    ("lightning_tilt.models.guide", NeuralTilt, {"guide": "GMM40"}, Guide.sources),
+]  # fmt: skip
 
 
 def documentation(module: str) -> str:
@@ -61,16 +78,27 @@ def keys(text: str) -> list[str]:
     return re.findall(r"^@\w+\{(\w+),", text, re.M)
 
 
-@pytest.mark.parametrize("cited", [*LOSSES, *REWARDS, *MODELS], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cited", [*LOSSES, *REWARDS, *MODELS, *OTHERS], ids=lambda c: c.__name__)
 def test_sources_and_documentation_agree(cited: type[Cited]) -> None:
     assert bool(cited.sources) == (cited.__name__ not in OUR_OWN)
-    text = documentation(cited.__module__)
-    for key in cited.sources:
+    assert_documented(cited.sources, documentation(cited.__module__))
+
+
+def assert_documented(sources: tuple[str, ...], text: str) -> None:
+    for key in sources:
         entry = fields(key)
         if "eprint" in entry:
             assert entry["eprint"] in text
         else:
             assert entry["author"].partition(",")[0] in text and entry["year"] in text
+
+
+@pytest.mark.parametrize(("module", "cited", "arguments", "added"), OPTIONS)
+def test_options_are_cited_where_they_are_chosen(
+    module: str, cited: type[Cited], arguments: dict[str, Any], added: tuple[str, ...]
+) -> None:
+    assert cited.sources_with(arguments) == (*cited.sources, *added)
+    assert_documented(added, documentation(module))
 
 
 @pytest.mark.parametrize("module", sorted({c.__module__ for c in [*LOSSES, *REWARDS]}))
@@ -83,7 +111,8 @@ def test_every_paper_of_the_documentation_is_cited(module: str) -> None:
 def test_entries_are_whole() -> None:
     text = (ROOT / "lightning_tilt/references.bib").read_text()
     assert len(entries()) == text.count("\n@") == len({fields(key)["title"] for key in entries()})
-    named = {key for c in [*LOSSES, *REWARDS, *MODELS] for key in c.sources}
+    named = {key for c in [*LOSSES, *REWARDS, *MODELS, *OTHERS] for key in c.sources}
+    named |= {key for *_, added in OPTIONS for key in added}
     assert named == set(entries())  # none is missing, none is left over
     for key, entry in entries().items():
         assert entry.count("{") == entry.count("}") and entry.isascii()
@@ -93,8 +122,11 @@ def test_entries_are_whole() -> None:
         if "eprint" in found:
             assert ARXIV.fullmatch(found["eprint"]) and found["archivePrefix"] == "arXiv"
             assert found["eprint"][:2] == found["year"][2:], key
+        elif "publisher" in found:
+            assert {"version", "doi"} <= set(found), key
         else:
             assert {"journal", "volume", "pages", "doi"} <= set(found), key
+        assert "others" not in re.split(r"\s+", found["author"]), key
 
 
 def test_of_a_module() -> None:
@@ -104,6 +136,34 @@ def test_of_a_module() -> None:
     assert keys(text) == ["lightning_tilt", "domingoenrich2024adjoint", "satorras2021en", "black2023training"]
     assert f"version {lightning_tilt.__version__}" in text
     assert entries()["domingoenrich2024adjoint"] in text
+
+
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_adapters_are_cited_where_there_are_some(tuning: Any) -> None:
+    made = StableDiffusion(folder("digits-sd15"), tuning=tuning)
+    arguments = {"path": "", "tuning": tuning}
+    assert sources_of([made]) == ["rombach2021high"] + ["hu2021lora"] * (tuning == "lora")
+    assert made.own_sources() == StableDiffusion.sources_with(arguments)
+
+
+def test_a_guide_is_cited_where_there_is_one() -> None:
+    base = GaussianBase([2])
+    guided, plain = NeuralTilt(base, hidden=4, layers=1, guide=GMM40()), NeuralTilt(base, hidden=4, layers=1)
+    assert sources_of(guided.modules()) == list(Guide.sources)
+    assert sources_of(plain.modules()) == []
+    config: dict[str, Any] = {"class_path": "NeuralTilt", "init_args": {"base": "GaussianBase", "guide": "GMM40"}}
+    run = {"model": {"init_args": {"predictor": config}}}
+    assert keys(citation(run)) == ["lightning_tilt", *Guide.sources, *GMM40.sources]
+    config["init_args"]["guide"] = None
+    assert keys(citation(run)) == ["lightning_tilt"]
+
+
+def test_steps_are_cited() -> None:
+    assert sources_of([TrajectorySampler(), TrajectorySampler(transition=EulerMaruyama(0.1))]) == []
+    sampler = TrajectorySampler(guidance_scale=3.0, transition=DDIM(ddim_eta=0.5))
+    steps = ["ho2022classifier", "song2020denoising"]
+    assert sources_of([sampler]) == steps
+    assert sources_of([SteeredSampler(sampler, SMC())]) == [*steps, *SMC.sources]
 
 
 def test_ones_own_entries_and_mistakes() -> None:
@@ -120,15 +180,16 @@ def test_ones_own_entries_and_mistakes() -> None:
 
 def test_of_a_dictionary_short_or_resolved() -> None:
     short = yaml.safe_load((ROOT / "configs/sd3/adjoint_matching.yaml").read_text())
-    wanted = ["lightning_tilt", "domingoenrich2024adjoint", "esser2024scaling", "wu2023human"]
+    model = ["lightning_tilt", "domingoenrich2024adjoint", "esser2024scaling", "hu2021lora"]
+    wanted = [*model, "wu2023human", "radford2021learning", "ho2022classifier"]
     assert keys(citation(short)) == wanted
     full = tilt("fit", "--config", "configs/sd3/adjoint_matching.yaml", "--print_config").config
     assert keys(citation(full)) == wanted
     short["model"]["init_args"]["reward"] = "PickScore"
-    assert keys(citation(short))[3] == "kirstain2023pick"
+    assert keys(citation(short))[4] == "kirstain2023pick"
     short["model"]["init_args"]["reward"] = {"class_path": "not_here.Warmth"}
     text = citation(short)
-    assert keys(text) == wanted[:3]
+    assert keys(text) == [*model, "ho2022classifier"]
     assert text.endswith("% not_here.Warmth cannot be imported here: add what it is from")
 
 
@@ -144,8 +205,14 @@ def test_of_every_config(config: Path) -> None:
 def test_on_the_command_line() -> None:
     run = tilt("cite", "--config", DIGITS, "--model.reward", "HPSv2", "--model.reward.version", "2.1")
     assert run.status == 0
-    wanted = ["lightning_tilt", "domingoenrich2024adjoint", "rombach2021high", "wu2023human", "hessel2021clipscore"]
-    assert keys(run.out) == wanted
+    wanted = ["lightning_tilt", "domingoenrich2024adjoint", "rombach2021high", "hu2021lora", "wu2023human"]
+    assert keys(run.out)[:5] == wanted
+    assert {"radford2021learning", "hessel2021clipscore"} <= set(keys(run.out))
+    full = tilt("cite", "--config", "configs/digits/sd15_full.yaml")
+    assert "rombach2021high" in keys(full.out) and "hu2021lora" not in keys(full.out)
+    steered = tilt("cite", "--config", TOY, "--steering", "smc")
+    assert keys(steered.out) == ["lightning_tilt", "domingoenrich2024adjoint", *SMC.sources]
+    assert keys(tilt("cite", "--config", TOY).out) == ["lightning_tilt", "domingoenrich2024adjoint"]
     assert tilt("cite", "--config", DIGITS, "--model.rewart", "HPSv2").status == 2
     assert "arguments are required: run" in tilt("cite").err
     assert "lightning-tilt cite --config CONFIG" in " ".join(tilt("cite", "--help").out.split())
@@ -172,5 +239,5 @@ def test_the_software_is_cited_as_its_own_file_says() -> None:
 
 
 def test_networks_are_cited_without_being_made() -> None:
-    assert HPSv2.sources == ("wu2023human",)
-    assert keys(citation({"model": {"reward": "HPSv2"}})) == ["lightning_tilt", "wu2023human"]
+    assert HPSv2.sources == ("wu2023human", "radford2021learning")
+    assert keys(citation({"model": {"reward": "HPSv2"}})) == ["lightning_tilt", *HPSv2.sources]

@@ -9,6 +9,7 @@ import torch
 from command import tilt
 from toys import PromptedNet, SumReward, trainer
 
+from lightning_tilt import citation
 from lightning_tilt.callbacks import SteeredSampler, TrajectorySampler
 from lightning_tilt.data import DrawsDataModule
 from lightning_tilt.identities import expectation, log_partition
@@ -51,6 +52,8 @@ def test_predictions_follow_the_tilt_and_log_z_is_the_chains_own(tmp_path: Path)
     found = told["batches"][0]["log_z"]
     assert abs(found["mean"] - log_z.mean) < 4 * (found["se"] ** 2 + log_z.se**2) ** 0.5
     assert len(told["batches"][0]["ess"]) == 20 and told["smc"]["particles"] == 4000
+    assert told["sources"] == ["domingoenrich2024adjoint", *SMC.sources]
+    assert all(f"{{{key}," in citation(tmp_path) for key in told["sources"])
 
 
 def test_draws_are_keyed(tmp_path: Path) -> None:

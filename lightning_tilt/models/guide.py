@@ -15,12 +15,13 @@ counters of a run show as `reward` evaluations.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_tilt.frozen import Frozen
-from lightning_tilt.interfaces import Predictor, Reward
+from lightning_tilt.interfaces import Cited, Predictor, Reward
 from lightning_tilt.process import expand
 
 __all__ = ["Guide", "time_features"]
@@ -32,7 +33,7 @@ def time_features(t: Tensor, frequencies: int) -> Tensor:
     return torch.cat([t.double()[:, None], phase.cos(), phase.sin()], 1)
 
 
-class Guide(nn.Module):
+class Guide(nn.Module, Cited):
     """`gate(t) soften(V_t grad r(x1_hat))`, 0 at the start; the gate, one number a time, is learned.
 
     Args:
@@ -46,6 +47,8 @@ class Guide(nn.Module):
         TypeError: for a reward without gradient, or one that reads prompts.
         ValueError: if `reach` is not positive.
     """
+
+    sources: ClassVar[tuple[str, ...]] = ("zhang2021path", "vargas2023denoising")
 
     def __init__(
         self,

@@ -26,7 +26,7 @@ from lightning_tilt.models.compiling import CompileMode, check_compile_mode, com
 from lightning_tilt.models.embeddings import PromptEmbeddings, identity_of
 from lightning_tilt.models.export import how_to_load, tuned_pipeline
 from lightning_tilt.models.loading import Dtype, load_pipeline, load_tiny_vae, torch_dtype
-from lightning_tilt.models.lora import adapters_off, add_lora, lora_metadata, lora_weights
+from lightning_tilt.models.lora import CitesLoRA, adapters_off, add_lora, lora_metadata, lora_weights
 from lightning_tilt.models.text_conditioned import TextConditioned
 
 __all__ = ["LatentDiffusion", "Tuning"]
@@ -40,7 +40,7 @@ def _recompute(module: nn.Module, *args: Any) -> Any:
     return checkpoint(module, *args, use_reentrant=False)
 
 
-class LatentDiffusion(TextConditioned):
+class LatentDiffusion(CitesLoRA, TextConditioned):
     """A predictor around a diffusers pipeline.
 
     Args:

@@ -7,19 +7,37 @@ bit.  Switching leaves `requires_grad` of every parameter as it was (peft alone 
 checkpoints and DDP see nothing of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_tilt.interfaces import Cited
+
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-__all__ = ["adapters_off", "add_lora", "lora_metadata", "lora_weights"]
+__all__ = ["CitesLoRA", "adapters_off", "add_lora", "lora_metadata", "lora_weights"]
 
 _NAME = "default"
+_SOURCES = ("hu2021lora",)
+
+
+class CitesLoRA(Cited):
+    """A model whose argument `tuning` is "lora" by default: it cites LoRA where it has adapters."""
+
+    _adapted: list[Any]
+
+    @classmethod
+    def sources_with(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """See `Cited`."""
+        return (*cls.sources, *(_SOURCES if arguments.get("tuning", "lora") == "lora" else ()))
+
+    def own_sources(self) -> tuple[str, ...]:
+        """See `Cited`."""
+        return (*self.sources, *(_SOURCES if self._adapted else ()))
 
 
 def add_lora(network: Any, rank: int, alpha: float, targets: Sequence[str]) -> list["BaseTunerLayer"]:

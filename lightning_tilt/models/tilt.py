@@ -16,8 +16,9 @@ Both moves are 0 at the start, so that tuning begins exactly at the base.
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -67,6 +68,11 @@ class TiltOfBase(Predictor):
         if self.guide is not None:
             self.guide.bind(self)
             self.reward_cost += 1
+
+    @classmethod
+    def sources_with(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        """With a guide, what the guide is from too; made, it is a part that says so itself."""
+        return (*cls.sources, *(Guide.sources if arguments.get("guide") is not None else ()))
 
     @property
     def vector_dims(self) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """AestheticScore: how much people liked the look of an image, on a scale of 1 to 10; it reads no prompt.
 
-    r(x) = h(f(x)),      f the unit image embedding of CLIP ViT-L/14, h an affine map in five linear layers
+    r(x) = h(f(x)),      f the unit image embedding of CLIP ViT-L/14 (arXiv 2103.00020), h affine, five linear layers
 
 The LAION aesthetic predictor, version 2 (`sac+logos+ava1-l14-linearMSE.pth`; of the people of arXiv 2210.08402); values
 are about 4 to 7.  Since f has length 1 and h is affine, its whole gradient is one direction in CLIP's space: it is soon
@@ -42,7 +42,7 @@ class AestheticScore(CLIPImages):
         ValueError: if a checkpoint is refused.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("schuhmann2022laion",)
+    sources: ClassVar[tuple[str, ...]] = ("schuhmann2022laion", "radford2021learning")
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""CLIPScore: how well an image fits its prompt, by any CLIP that transformers can load.
+"""CLIPScore: how well an image fits its prompt, by any CLIP (arXiv 2103.00020) that transformers can load.
 
     r(x, prompt) = scale * cos(f(x), g(prompt)),      f, g the two towers' projected embeddings
 
@@ -39,7 +39,7 @@ class CLIPScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("hessel2021clipscore",)
+    sources: ClassVar[tuple[str, ...]] = ("hessel2021clipscore", "radford2021learning")
 
     def __init__(
         self,

@@ -1,9 +1,10 @@
-"""HPSv2: human preference between images of one prompt (arXiv 2306.09341), by a CLIP ViT-H/14 trained on rankings.
+"""HPSv2: human preference between images of one prompt (arXiv 2306.09341), by a CLIP trained on rankings.
 
     r(x, prompt) = cos(f(x), g(prompt))
 
-A plain cosine, no logit scale and no factor 100: values are about .2 to .3, those of version 2.1 spread wider, and good
-and bad images differ by a few hundredths.  A multiplier `lam` for this convention is therefore in the thousands.
+The CLIP (arXiv 2103.00020) is a ViT-H/14.  A plain cosine, no logit scale and no factor 100: values are about .2 to .3,
+those of version 2.1 spread wider, and good and bad images differ by a few hundredths.  A multiplier `lam` for this
+convention is therefore in the thousands.
 
 Images: the longest side to 224, bicubic; zeros around it up to a square; CLIP's mean and standard deviation.
 Prompts: CLIP's tokens, cut at 77 with the end token kept.  The network's trained logit scale is loaded and not used.
@@ -45,7 +46,7 @@ class HPSv2(CLIPTower):
         ValueError: if `version` is unknown, or the checkpoint is refused.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("wu2023human",)
+    sources: ClassVar[tuple[str, ...]] = ("wu2023human", "radford2021learning")
 
     def __init__(
         self,

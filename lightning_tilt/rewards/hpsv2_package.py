@@ -1,10 +1,10 @@
-"""HPSv2Package: the scorer of the `hpsv2` package itself (arXiv 2306.09341), as a judge without a gradient.
+"""HPSv2Package: the scorer of the `hpsv2` package itself (arXiv 2306.09341), a CLIP (arXiv 2103.00020), as a judge.
 
     r(x, prompt) = hpsv2.img_score.score(x as an image of 256 levels, prompt)
 
-For comparing with published tables, and with `HPSv2`, which gives the same cosine with a gradient: what differs is the
-rounding to 256 levels.  The package reads its network's weights from disk at each call; here that is one call for each
-different prompt of a batch.  It needs the extra `hpsv2`, which brings torchvision along.
+It has no gradient.  For comparing with published tables, and with `HPSv2`, which gives the same cosine with a gradient:
+what differs is the rounding to 256 levels.  The package reads its network's weights from disk at each call; here that
+is one call for each different prompt of a batch.  It needs the extra `hpsv2`, which brings torchvision along.
 """
 
 from typing import Any, ClassVar, Literal
@@ -37,7 +37,7 @@ class HPSv2Package(Reward):
         ValueError: if `version` is unknown, or the checksum is another.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("wu2023human",)
+    sources: ClassVar[tuple[str, ...]] = ("wu2023human", "radford2021learning")
     is_differentiable = False
     needs_prompts = True
 

@@ -2,9 +2,9 @@
 
     r(x, prompt) = (h(c) - m) / s,      c = text(prompt | vision(x)) at the first token, m = .1672, s = 1.0333
 
-The prompt's tokens look at the image's patches by cross attention, so that an embedding of prompts alone does not exist
-and every pair is one pass of both towers.  m and s make the values of the training set standard normal: bad images are
-below -1, good ones above 1, and one unit of r is one unit of `lam`'s denominator.
+In BLIP (arXiv 2201.12086) the prompt's tokens look at the image's patches by cross attention, so that an embedding of
+prompts alone does not exist and every pair is one pass of both towers.  m and s make the values of the training set
+standard normal: bad images are below -1, good ones above 1, and one unit of r is one unit of `lam`'s denominator.
 
 Images: the shorter side to 224, bicubic; the centre crop; CLIP's mean and standard deviation.
 Prompts: BERT's tokens (uncased), padded and cut at 35; longer texts read otherwise give other numbers.
@@ -47,7 +47,7 @@ class ImageReward(NetworkReward):
         ValueError: if the checkpoint is refused.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("xu2023imagereward",)
+    sources: ClassVar[tuple[str, ...]] = ("xu2023imagereward", "li2022blip")
     needs_prompts = True
     has_skeleton = True
 

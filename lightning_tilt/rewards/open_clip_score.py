@@ -6,7 +6,9 @@ f, g, the size, mean and standard deviation of the images, how they are resized,
 open_clip has for the model; resizing is done on tensors, so that the gradient arrives at the image.  `scale` is 1, a
 plain cosine: about .3 for good images, about .1 under SigLIP; a multiplier `lam` has a meaning with the scale only.
 
-It needs the extra `openclip`, which brings torchvision along.
+It needs the extra `openclip`, which brings torchvision along.  What to cite is what the library asks for: itself
+(Ilharco et al. 2021), the paper above, CLIP (arXiv 2103.00020), and the data of its best-known weights, LAION-5B (arXiv
+2210.08402).
 """
 
 from typing import Any, ClassVar
@@ -44,7 +46,10 @@ class OpenCLIPScore(CLIPTower):
     """
 
     has_skeleton = False  # open_clip alone knows its networks' configurations, and is an extra
-    sources: ClassVar[tuple[str, ...]] = ("cherti2022reproducible",)
+    sources: ClassVar[tuple[str, ...]] = (
+        *("ilharco2021openclip", "cherti2022reproducible"),
+        *("radford2021learning", "schuhmann2022laion"),
+    )
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""PickScore: which of two images people pick for a prompt (arXiv 2305.01569), by a CLIP ViT-H/14 trained on choices.
+"""PickScore: which of two images people pick for a prompt (arXiv 2305.01569), by a CLIP trained on choices.
 
     r(x, prompt) = exp(s) cos(f(x), g(prompt)),      P(x is picked over y) = sigmoid(r(x) - r(y))
 
-s is the CLIP's own logit scale, exp(s) = 100: values are about 20 to 22, and one unit is a choice of 73 : 27.  A
-multiplier `lam` therefore counts in units of log odds.
+The CLIP (arXiv 2103.00020) is a ViT-H/14; s is its own logit scale, exp(s) = 100: values are about 20 to 22, and one
+unit is a choice of 73 : 27.  A multiplier `lam` therefore counts in units of log odds.
 """
 
 from dataclasses import replace
@@ -34,7 +34,7 @@ class PickScore(CLIPTower):
         ValueError: if it lacks weights, or its checksum is another.
     """
 
-    sources: ClassVar[tuple[str, ...]] = ("kirstain2023pick",)
+    sources: ClassVar[tuple[str, ...]] = ("kirstain2023pick", "radford2021learning")
 
     def __init__(
         self,

@@ -19,8 +19,7 @@ that claims more than it knows (x1_hat carries no spread) resamples too early an
 larger `power` makes it wait.
 
 A log Z with an honest standard error needs independent runs: the particles of a prompt are split into replicates that
-never mix, log Z is the log of the mean of their Z, and the jackknife over the replicates is its error.  Sources: the
-twisted diffusion sampler 2306.17775, Feynman-Kac steering 2501.06848; SMC: Del Moral, Doucet, Jasra 2006.
+never mix, log Z is the log of the mean of their Z, and the jackknife over the replicates is its error.
 """
 
 from lightning_tilt.steering.smc import SMC, Steered

@@ -3,11 +3,13 @@
 move         x_{k+1} = m_k + std_k (u_k + z_k)           log w -= psi_k + u_k . z_k + |u_k|^2/2
 arrive       log w += psi_{k+1}
 resample     where ESS(w) < threshold: particles by their weights, then all log w = log mean w
+
+Sources: the twisted diffusion sampler 2306.17775, Feynman-Kac steering 2501.06848; SMC: Del Moral, Doucet, Jasra 2006.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from lightning_tilt.chain import Chain
 from lightning_tilt.condition import Condition
 from lightning_tilt.evaluations import evaluating, slices
 from lightning_tilt.identities import Estimate, Resampling, ess_rows, log_partition, resample, stratified
+from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.steering.twist import Twist, Twisted
@@ -49,7 +52,7 @@ class Steered:
 
 
 @dataclass(frozen=True)
-class SMC:
+class SMC(Cited):
     """Sequential Monte Carlo steering: particles, when they are resampled, and what moves them.
 
     Args:
@@ -70,6 +73,7 @@ class SMC:
         ValueError: if a number is out of range, a name unknown, or "none" is to guide.
     """
 
+    sources: ClassVar[tuple[str, ...]] = ("wu2023practical", "singhal2025general", "delmoral2006sequential")
     particles: int = 64
     replicates: int = 4
     resample_below: float = 0.5
