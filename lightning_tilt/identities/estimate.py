@@ -1,6 +1,6 @@
 """A number with its standard error, from plain means, from the jackknife, from strata.
 
-From n estimates e_i that leave one sample out (Miller 1974, "The jackknife")
+From n estimates e_i that leave one sample out (Miller 1974, "The jackknife - a review")
 
     e  ->  n e - (n - 1) mean(e_i),                   se = sqrt( (n - 1)/n sum (e_i - mean(e_i))^2 )
 
@@ -8,7 +8,7 @@ which takes a bias of O(1/n) to one of O(1/n^2).  The mean over many strata (pro
 standard error shrinks: so what goes into strata is jackknifed.
 
 Samples that share a prompt are alike, so N of them know less than N independent ones.  With clusters g = 1 ... G (the
-prompts), the mean m of all y_gi has (Liang and Zeger 1986; Cameron and Miller 2015, eq. 6)
+prompts), the mean m of all y_gi has (Liang and Zeger 1986; Cameron and Miller 2015)
 
     se(m)^2 = G/(G - 1) sum_g ( sum_i (y_gi - m) )^2 / N^2
 
