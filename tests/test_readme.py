@@ -13,6 +13,7 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from toys import trainer
 
 from lightning_tilt.cli import main
@@ -22,9 +23,18 @@ ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("docs/theory/*.md"))
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in FILES}
 BLOCKS = {page: re.findall(r"```python\n(.*?)```", text, re.S) for page, text in PAGES.items()}
+
+
+def code(text: str) -> set[int]:
+    """Numbers of the lines of a page that Markdown shows as code."""
+    blocks = [block for block in MarkdownIt().parse(text) if block.type in ("code_block", "fence")]
+    return {number for block in blocks if block.map for number in range(*block.map)}
+
+
 COMMANDS = [
-    (page, line.strip()) for page, text in PAGES.items() for line in re.sub(r"\\\n\s*", "", text).splitlines()
-    if line.startswith("    lightning-tilt ")
+    (page, line.strip()) for page, text in PAGES.items() for lines in [re.sub(r"\\\n\s*", "", text)]
+    for number, line in enumerate(lines.splitlines())
+    if number in code(lines) and line.strip().startswith("lightning-tilt ")
 ]  # fmt: skip
 LOADER = [["seven", "one"], ["two", "three"]]
 """What the pages call `prompts`: batches of prompts."""
@@ -107,6 +117,24 @@ def test_commands_parse(
     assert "class_path: lightning_tilt.tasks." in capsys.readouterr().out
     for name in names:
         sys.modules.pop(name, None)
+
+
+def test_commands_stand_in_blocks_of_code() -> None:
+    """A command that lost its indentation is prose, and its dashes become others."""
+    targets = re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M)
+    command = re.compile(rf"\s*(?:lightning-tilt|git|pip|python|source|make (?:{'|'.join(targets)}))(?: |$)")
+    pages = PAGES | {name: (ROOT / name).read_text() for name in ("CONTRIBUTING.md", "notebooks/README.md")}
+    found = 0
+    for page, text in pages.items():
+        inside = code(text)
+        for number, line in enumerate(text.splitlines()):
+            if command.match(line):
+                found += 1
+                assert number in inside, f"{page}:{number + 1}: {line}"
+            elif number in inside and line.strip().startswith("make "):
+                raise AssertionError(f"{page}:{number + 1}: no such target: {line}")
+    assert found > 30
+    assert code("Run\n\nlightning-tilt fit\n    lightning-tilt test\n") == set()
 
 
 def test_every_named_file_exists() -> None:
