@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 from command import CONFIGS, YAMLS, tilt
 from repository import ROOT, files
 
@@ -101,6 +102,19 @@ def test_every_config_is_copied_with_all_files_that_it_names(config: Path, tmp_p
     copies = copy_config(str(config), tmp_path)
     for named in re.findall(r"configs/\S+", "\n".join(_code(copy) for copy in copies if copy.suffix != ".txt")):
         assert tmp_path / named in copies
+
+
+def test_the_digits_by_log_variance_are_the_run_that_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import digits_losses
+
+    own = yaml.safe_load((ROOT / "configs/digits/sd15_log_variance.yaml").read_text())
+    measured = digits_losses.config("log_variance", updates=60)
+    for config in (own, measured):  # where it goes, and the chain of the report, which is the sampler's
+        del config["trainer"]["default_root_dir"]
+        (report,) = (c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"] == "TiltReport")
+        report |= {"steps": own["sampler"]["steps"], "transition": {"class_path": "DDIM"}}
+    assert own == measured
 
 
 def _code(file: Path) -> str:
