@@ -111,6 +111,8 @@ def test_formulas_become_mathml() -> None:
 def test_the_table_has_every_loss() -> None:
     table = extension("loss_table")
     names = [n for n in losses.__all__ if isinstance(v := getattr(losses, n), type) and issubclass(v, Loss)]
+    decisions = (ROOT / "docs/which_loss.md").read_text().partition("\n## ")[0]
+    assert [name for name in names if f"`{name}`" not in decisions] == []
     assert set(names) == set(table.measured()) == {loss.__name__ for loss in table.classes()}
     costs = {name: table.measured()[name]["forwards a pair"] for name in ("Reinforce", "GRPO", "CMCD")}
     assert costs == {"Reinforce": "5.0", "GRPO": "4.0", "CMCD": "6.0"}  # two of them share a row
