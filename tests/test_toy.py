@@ -1,6 +1,6 @@
 """`configs/toy/adjoint_matching.yaml`: training reaches what its few-step chain can reach.
 
-The best control with the base's std has ESS .933 at K = 40; the untouched base has .66.
+The exact tilt's own predictions have ESS .957 in the chain of K = 40 (`test_ceiling`); the untouched base has .66.
 """
 
 import json
