@@ -19,6 +19,7 @@ extensions = [
     "docstrings",
     "loss_table",
     "mathml",
+    "notebook_pages",
 ]
 exclude_patterns = ["_ext"]
 suppress_warnings = ["myst.header"]  # parts of other files are included, whose first header is of the second level

@@ -4,6 +4,7 @@ The small extensions under docs/_ext are read here without Sphinx where they can
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -96,6 +97,30 @@ def test_docstrings_keep_their_formulas() -> None:
     ]  # fmt: skip
 
 
+def test_a_notebook_becomes_a_page() -> None:
+    page = extension("notebook_pages").page
+    outputs = [
+        {"output_type": "stream", "name": "stdout", "text": ["1\n", "2\n"]},
+        {"output_type": "display_data", "data": {"image/png": "AAAA", "text/plain": ["<Figure>"]}},
+    ]
+    cells = [
+        {"cell_type": "markdown", "source": ["# One\n", "[two](02_x.ipynb), [many](../docs/cluster.md)"]},
+        {"cell_type": "code", "source": ["print(1)\n", "print(2)"], "outputs": outputs},
+    ]
+    found = page({"cells": cells}, "01_y")
+    assert found.pop("01_y_0.png") == bytes(3)
+    assert found.pop("01_y.md").decode().split("\n\n") == [
+        "# One\n[two](02_x.md), [many](../../cluster.md)", "```python\nprint(1)\nprint(2)\n```", "```text\n1\n2\n```",
+        "![What the cell above draws](01_y_0.png)\n",
+    ] and not found  # fmt: skip
+    cells[1]["outputs"] = [{"output_type": "error"}]
+    with pytest.raises(ValueError, match=r"01_y.ipynb: an output of error"):
+        page({"cells": cells}, "01_y")
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        made = page(json.loads(path.read_text()), path.stem)
+        assert made[f"{path.stem}.md"].startswith(b"# ") and len(made) > 1
+
+
 def test_formulas_become_mathml() -> None:
     mathml = extension("mathml").mathml
     assert "<msub><mi>a</mi><mi>t</mi></msub>" in mathml("a_t")
@@ -120,8 +145,16 @@ def test_the_table_has_every_loss() -> None:
     assert table.traits(losses.ReinforceAdjointMatching)[2] == losses.ReinforceAdjointMatching.bias
 
 
-def test_every_toy_has_its_picture() -> None:
+def test_every_toy_has_its_picture_and_what_it_reached() -> None:
     configs = {path.stem for path in ROOT.glob("configs/toy/*.yaml")}
+    table = extension("loss_table")
+    panels, order = table.panels(), list(table.measured())
+    assert set(panels) == configs and list(panels)[0] == "adjoint_matching"
+    names = [name.partition(",")[0] for name, _ in panels.values()]
+    assert names == sorted(names, key=order.index)
+    reached = re.compile(r"(ESS \.\d+( - \.\d+)?|sliced W2 \.\d+( - \.\d+)?|, )+")
+    assert [stem for stem, (_, numbers) in panels.items() if not reached.fullmatch(numbers)] == []
+    assert panels["nets_pinn"][0] == "NETS, pinn" and panels["nets_pinn"][1] != panels["nets_action_matching"][1]
     pictures = {path.stem: path.stat().st_size for path in ROOT.glob("docs/pictures/*.png")}
     assert set(pictures) == configs | {"variances"}
     assert max(pictures.values()) < 40_000

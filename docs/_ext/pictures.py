@@ -58,6 +58,8 @@ class Panel(DensityPicture):
         axis.contour(x.numpy(), y.numpy(), p.numpy(), sorted(mass_levels(p, MASSES)), colors=EXACT, linewidths=0.8)
         axis.set(xlim=CORNERS[0], ylim=CORNERS[1], aspect="equal", xticks=[-2, 0, 2], yticks=[-2, 0, 2])
         axis.tick_params(labelsize=6)
+        axis.set_xlabel("$x_1$", fontsize=7, labelpad=1)
+        axis.set_ylabel("$x_2$", fontsize=7, labelpad=-2)
         tidy(axis)
         return {}, figure
 
