@@ -149,7 +149,7 @@ def test_every_toy_has_its_picture_and_what_it_reached() -> None:
     configs = {path.stem for path in ROOT.glob("configs/toy/*.yaml")}
     table = extension("loss_table")
     panels, order = table.panels(), list(table.measured())
-    assert set(panels) == configs and list(panels)[0] == "adjoint_matching"
+    assert set(panels) == configs and next(iter(panels)) == "adjoint_matching"
     names = [name.partition(",")[0] for name, _ in panels.values()]
     assert names == sorted(names, key=order.index)
     reached = re.compile(r"(ESS \.\d+( - \.\d+)?|sliced W2 \.\d+( - \.\d+)?|, )+")

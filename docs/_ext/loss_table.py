@@ -59,7 +59,7 @@ def traits(loss: type[Loss]) -> list[str]:
 
 
 def panels() -> dict[str, tuple[str, str]]:
-    """What stands under the picture of each configuration of `configs/toy`: its class with the variant, what it reached.
+    """What stands under the picture of a configuration of `configs/toy`: its class with the variant, what it reached.
 
     In the README's order; of an ODE, which has no path weights, the sliced W2 to the exact tilt.
     """
