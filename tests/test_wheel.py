@@ -84,6 +84,7 @@ def test_the_wheel_has_every_file_once(built: Built) -> None:
     assert {name for name in inside if ".dist-info/" not in name} == set(wanted)
     for name, path in wanted.items():
         assert inside[name] == (ROOT / path).read_bytes(), name
+    assert "lightning_tilt/py.typed" in inside  # without it no type checker looks into the package
     metadata = Parser().parsestr(next(text.decode() for name, text in inside.items() if name.endswith("/METADATA")))
     assert metadata["Version"] == lightning_tilt.__version__
     assert {"openclip", "hpsv2", "hub"} <= set(metadata.get_all("Provides-Extra", []))
