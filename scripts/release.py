@@ -5,10 +5,11 @@
 
 The version stands in `lightning_tilt/__init__.py`; CITATION.cff repeats it with the date, and the notes of
 CHANGELOG.md that stood under Unreleased go under both.  Between releases the code has the version of the last one, and
-before the first one that of the first, 0.1.0.  Refused are a version that is not X.Y.Z or not the next one, a
-tree that is not clean, a branch other than main or one that lacks what its remote has, and a changelog with nothing to
-tell.  If a test, the build or the tag fails, the three files and the branch are put back.  What is built is what is committed: the commit's own files in a folder of their own,
-without leftovers of earlier builds.  Pushing and uploading stay with a person.
+before the first one that of the first, 0.1.0.  Refused are a version that is not X.Y.Z or not the next one, a tree that
+is not clean, a branch other than main or one that lacks what its remote has, and a changelog with nothing to tell.  If
+a test, the build or the tag fails, the three files and the branch are put back.  What is built is what is committed:
+the commit's own files in a folder of their own, without leftovers of earlier builds.  Pushing and uploading stay with a
+person.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def check(version: str) -> None:
 
 
 def _check_remote() -> None:
-    """Refuse a main that lacks commits of its remote: what is built would not be what is there, and no push would go."""
+    """Refuse a main that lacks commits of its remote: they would not be built, and the push would fail."""
     if remote := _git("config", "--get", "--default", "", "branch.main.remote"):
         told = _git("ls-remote", remote, _git("config", "--get", "--default", "refs/heads/main", "branch.main.merge"))
         command = ["git", "merge-base", "--is-ancestor", told.split("\t")[0] or "HEAD", "HEAD"]
