@@ -6,6 +6,8 @@
 #   make test-parity   rewards against open_clip and hpsv2 themselves, in an environment of their own, .venv-parity
 #   make test-oldest, test-newest   the unit tests in environments of their own, .venv-oldest with the lowest versions that
 #                pyproject.toml allows (on Python 3.10: PYTHON=python3.10), .venv-newest with today's newest
+#   make test-wheel   the wheel among nothing but what its metadata ask for, installed anew
+#   make test-extras  that pip finds versions for the extras, or says where they exclude each other; installs none
 #   make bench   benchmarks/RESULTS.md anew; ONLY="names ..." some of its sections, ARGS=--quick a size that shows it runs
 #   make faults  the table of what killed runs come back from
 #   make notebooks   execute the notebooks and keep what they show; NOTEBOOKS="01 04" some of them
@@ -37,8 +39,8 @@ PARITY_INSTALL := .venv-parity/bin/python -m pip install --disable-pip-version-c
 PINS := $(if $(CONSTRAINTS),--constraint $(CONSTRAINTS),--upgrade --upgrade-strategy eager)
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(PINS)
 
-.PHONY: demo test unit test-slow test-parity test-oldest test-newest faults notebooks docs docs-pictures models
-.PHONY: bench lint install release clean
+.PHONY: demo test unit test-slow test-parity test-oldest test-newest test-wheel test-extras faults notebooks docs
+.PHONY: docs-pictures models bench lint install release clean
 .DELETE_ON_ERROR:
 
 demo: $(BASE)
@@ -76,6 +78,18 @@ test-oldest:
 
 test-newest:
 	$(MAKE) unit VENV=.venv-newest CONSTRAINTS=
+
+test-wheel: $(DEV)
+	$(BIN)/python -m pytest tests/test_wheel.py -m "slow or not slow" --with-dependencies $(PYTEST_ARGS)
+
+# Without pins, as a user would.  docs/rewards.md says that hpsv2 wants an environment of its own: when it no longer does,
+# the last line fails, and the page has to say so.
+DRY_RUN := .venv-extras/bin/python -m pip install --disable-pip-version-check --quiet --dry-run
+test-extras:
+	$(PYTHON) -m venv .venv-extras
+	$(DRY_RUN) ".[openclip,hub]"
+	$(DRY_RUN) ".[hpsv2]"
+	$(DRY_RUN) ".[hpsv2,dev]" 2>&1 | grep ResolutionImpossible
 
 bench: $(BASE)
 	$(BIN)/python benchmarks/bench.py $(ONLY) $(ARGS)

@@ -7,7 +7,6 @@ and recomputations are all in it, and divided by the (sample, step) or (sample, 
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -33,12 +32,6 @@ def counted(name: str, content: dict[str, Any], rollouts: int) -> list[str]:
     return row
 
 
-def mixture(file: Path) -> dict[str, Any]:
-    """A config of the mixture, with an epoch that is long enough to count."""
-    content: dict[str, Any] = yaml.safe_load(file.read_text())
-    return content
-
-
 def table(rows: Sequence[Sequence[str]]) -> str:
     """With what the columns are."""
     header = ["loss", "steps of a rollout", "updates on one", "forward", "VJP", "backward", "**all**", "reward scores"]
@@ -49,7 +42,7 @@ def main() -> None:
     """Count, and write both tables."""
     args = parser(__doc__).parse_args()
     files = sorted((ROOT / "configs/toy").glob("*.yaml"))
-    toy = [counted(f.stem, mixture(f), 1 if args.quick else 2) for f in files]
+    toy = [counted(f.stem, yaml.safe_load(f.read_text()), 1 if args.quick else 2) for f in files]
     digits = []
     for name in list(LOSSES)[:1] if args.quick else LOSSES:
         content = config(name, updates=1)

@@ -20,7 +20,8 @@ from lightning_tilt.interfaces.skeleton import without_weights
 
 __all__ = ["forward_flops", "main", "read_config"]
 
-RECIPES = [p for family in ("sd15", "sd3", "sd35") for p in sorted(Path("configs", family).glob("*.yaml"))]
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+RECIPES = [p for family in ("sd15", "sd3", "sd35") for p in sorted((CONFIGS / family).glob("*.yaml"))]
 PARTS = ["weights", "others", "gradients", "optimiser", "average", "paths", "rollout", "reward", "adjoint", "loss"]
 
 
@@ -84,7 +85,8 @@ def main() -> None:
     for config in args.config[: 1 if args.quick else None]:
         settings = Settings.from_config(read_config("--config", config))
         found, flops = estimate(settings), forward_flops(settings)
-        name = str(Path(config).relative_to("configs").with_suffix("")) if config.startswith("configs") else config
+        file = Path(config).resolve()
+        name = file.relative_to(CONFIGS).with_suffix("").as_posix() if file.is_relative_to(CONFIGS) else config
         first.append(_parts(name, found, flops))
         print(" ".join(first[-1]), flush=True)
         second += [[name, *row] for row in scaling_rows(found)]

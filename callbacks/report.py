@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..chain import Evaluations, slices
 from ..condition import quoted
-from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler, sources_of
+from ..interfaces import ImageEmbedding, Loss, Reward, Sampler, find_sampler, sources_of_run
 from ..interfaces.not_finite import agree, judge_together
 from ..metrics import pairwise_diversity
 from ..run_folder import set_aside, write_json
@@ -201,7 +201,7 @@ class TiltReport(Callback):
         report |= {
             "loss": _loss_name(host),
             "reward": type(host.reward).__name__,
-            "sources": sources_of([*host.modules(), sampler]),
+            "sources": sources_of_run(host, [sampler, *trainer.callbacks]),  # type: ignore[attr-defined]
             "chain": f"{chain.steps} steps of {chain.transition!r}",
             "evaluations": evaluations.as_dict(),
             "updates": trainer.global_step,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..chain import evaluating
 from ..identities import resample
-from ..interfaces import Loss, sources_of
+from ..interfaces import Loss, sources_of_run
 from ..interfaces.not_finite import judge, where_of
 from ..noise import Stream, keyed_normal, keyed_uniform_rows
 from ..run_folder import write_json
@@ -55,7 +55,7 @@ class SteeredSampler(TrajectorySampler):
         if not trainer.is_global_zero or not found:
             return
         path = Path(trainer.default_root_dir) / "steering.json"
-        sources = sources_of([*pl_module.modules(), self])
+        sources = sources_of_run(pl_module, [self, *trainer.callbacks])  # type: ignore[attr-defined]
         write_json(path, {"smc": {k: v for k, v in self.smc.__dict__.items()}, "sources": sources, "batches": found})
         z = found[0]["log_z"]
         rank_zero_info(f"Steering: log Z {z['mean']:.3f} +- {z['se']:.3f} in the first batch; all of it in {path}")

@@ -1,4 +1,4 @@
-"""What to cite: `lightning_tilt.citation`, the papers behind a run's loss, reward, model and sampler, and itself.
+"""What to cite: `lightning_tilt.citation`, the papers behind a run's loss, rewards, model and sampler, and itself.
 
 Each class says what it is from (`Cited`), in keys of `references.bib`; here they are looked up.  An own loss or
 reward is found too, with whole entries in its `sources`.
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning import LightningModule, Trainer
 from torch import nn
 
-from lightning_tilt.interfaces.cited import Cited, sources_of
+from lightning_tilt.interfaces.cited import Cited, sources_of_run
 
 __all__ = ["citation", "entries"]
 
@@ -33,13 +34,21 @@ _BLOCKS = {"sampler": "lightning_tilt.callbacks.TrajectorySampler", "smc": "ligh
 """Blocks of a configuration that name no class, for there is one alone."""
 
 
-def citation(run: nn.Module | Mapping[str, Any] | str | Path) -> str:
-    """What a run should cite, as BibTeX: this software, its loss, reward, model and sampler.
+_SLOTS = {
+    "model", "predictor", "base", "guide", "reward", "rewards", "judges", "embedding", "transition", "callbacks"
+}  # fmt: skip
+"""Where the path of a class may stand alone, without `class_path`, or several of them."""
+
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+
+
+def citation(run: nn.Module | Trainer | Mapping[str, Any] | str | Path) -> str:
+    """What a run should cite, as BibTeX: this software, its loss, rewards, model and sampler, and what judges it.
 
     Args:
-        run: the module that is trained, a loss and host in one, which knows no sampler; or a configuration as a
-            dictionary, with class paths in full or short; or a run's folder, its `config.yaml`, `report.json` or
-            `steering.json`.
+        run: the Trainer, once it has a module; or the module that is trained, a loss and host in one, which knows
+            sampler and judges once it has a Trainer; or a configuration as a dictionary, with class paths in full or
+            short; or a run's folder, its `config.yaml`, `report.json` or `steering.json`.
 
     Returns:
         Entries, a blank line between them.  A class of a configuration that cannot be imported here is named in a
@@ -47,7 +56,8 @@ def citation(run: nn.Module | Mapping[str, Any] | str | Path) -> str:
 
     Raises:
         FileNotFoundError: if a folder has none of the files, or there is nothing of the name.
-        ValueError: if a file is none of them, or a class names a source that `references.bib` does not have.
+        ValueError: if a file is none of them, a Trainer has no module yet, or a class names a source that
+            `references.bib` does not have.
 
     Example:
         >>> text = citation({"model": {"class_path": "TargetScoreMatchingTask"}})
@@ -90,10 +100,15 @@ def _entry(source: str) -> str:
     return entries()[source]
 
 
-def _sources(run: nn.Module | Mapping[str, Any] | str | Path) -> tuple[list[str], list[str]]:
+def _sources(run: nn.Module | Trainer | Mapping[str, Any] | str | Path) -> tuple[list[str], list[str]]:
     """Sources, each once, and the paths of classes that cannot be imported."""
+    if isinstance(run, Trainer):
+        if run.lightning_module is None:
+            raise ValueError("this Trainer has no module yet; fit first, or give the module")
+        return sources_of_run(run.lightning_module, run.callbacks), []  # type: ignore[attr-defined]
     if isinstance(run, nn.Module):
-        return sources_of(run.modules()), []
+        trainer = run._trainer if isinstance(run, LightningModule) else None
+        return sources_of_run(run, [] if trainer is None else trainer.callbacks), []  # type: ignore[attr-defined]
     sources, missing = list[str](), list[str]()
     for content in [run] if isinstance(run, Mapping) else _read(Path(run).expanduser()):
         if isinstance(content.get("sources"), list):  # a report, or of steering
@@ -139,13 +154,16 @@ def _classes(
 ) -> Iterator[tuple[type | str, Mapping[str, Any]]]:
     """The classes that a configuration names and their arguments; as text those that cannot be imported."""
     if isinstance(config, Mapping):
+        named = key in ("rewards", "judges") and "class_path" not in config  # by names of the user's own
         for name, value in config.items():
-            yield from _classes(value, name, config.get("init_args"))
+            yield from _classes(value, key if named else name, config.get("init_args"))
     elif isinstance(config, list):
         for value in config:
-            yield from _classes(value)
-    elif isinstance(config, str) and (found := _class(config, key == "class_path")) is not None:
-        yield found, (arguments or {}) if key == "class_path" else {}
+            yield from _classes(value, key)
+    elif isinstance(config, str):
+        is_path = key == "class_path" or (key in _SLOTS and _DOTTED.fullmatch(config) is not None)
+        if (found := _class(config, is_path)) is not None:
+            yield found, (arguments or {}) if key == "class_path" else {}
 
 
 def _class(name: str, is_path: bool) -> type | str | None:

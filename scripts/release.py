@@ -4,10 +4,12 @@
     make release VERSION=0.2.0 ARGS=--yes    edits, runs `make test`, builds into dist/, commits and tags
 
 The version stands in `lightning_tilt/__init__.py`; CITATION.cff repeats it with the date, and the notes of
-CHANGELOG.md that stood under Unreleased go under both.  Refused are a version that is not X.Y.Z or not the next one, a
-tree that is not clean, a branch other than main, and a changelog with nothing to tell.  If a test or the build fails,
-the three files are put back.  What is built is what is committed: the commit's own files in a folder of their own,
-without leftovers of earlier builds.  Pushing and uploading stay with a person.
+CHANGELOG.md that stood under Unreleased go under both.  Between releases the code has the version of the last one, and
+before the first one that of the first, 0.1.0.  Refused are a version that is not X.Y.Z or not the next one, a tree that
+is not clean, a branch other than main or one that lacks what its remote has, and a changelog with nothing to tell.  If
+a test, the build or the tag fails, the three files and the branch are put back.  What is built is what is committed:
+the commit's own files in a folder of their own, without leftovers of earlier builds.  Pushing and uploading stay with a
+person.
 """
 
 import argparse
@@ -78,6 +80,7 @@ def check(version: str) -> None:
         raise Refused(f"{len(changed)} files are not committed, {changed[0][3:]} first; commit or stash them")
     if (branch := _git("branch", "--show-current")) != "main":
         raise Refused(f"this is branch {branch or '(none)'}; releases are cut on main: git switch main")
+    _check_remote()
     tags = [tag[1:] for tag in _git("tag", "--list", "v*").splitlines() if re.fullmatch(r"v\d+\.\d+\.\d+", tag)]
     last = max(tags, key=Version, default="")
     if last and Version(version) <= Version(last):
@@ -85,6 +88,15 @@ def check(version: str) -> None:
     (now,) = re.findall(r'^__version__ = "(.*)"$', (ROOT / "lightning_tilt/__init__.py").read_text(), re.M)
     if Version(version) < Version(now):
         raise Refused(f"{version} is lower than {now} in lightning_tilt/__init__.py; take a higher version")
+
+
+def _check_remote() -> None:
+    """Refuse a main that lacks commits of its remote: they would not be built, and the push would fail."""
+    if remote := _git("config", "--get", "--default", "", "branch.main.remote"):
+        told = _git("ls-remote", remote, _git("config", "--get", "--default", "refs/heads/main", "branch.main.merge"))
+        command = ["git", "merge-base", "--is-ancestor", told.split("\t")[0] or "HEAD", "HEAD"]
+        if subprocess.run(command, cwd=ROOT, capture_output=True).returncode != 0:
+            raise Refused(f"main lacks commits that {remote} has: git pull --rebase {remote} main")
 
 
 def main(args: list[str] | None = None) -> None:
@@ -120,16 +132,18 @@ def _edits(version: str, date: str) -> dict[str, str]:
 
 
 def _release(version: str, edits: dict[str, str], command: str, folder: Path) -> list[Path]:
+    start = _git("rev-parse", "HEAD")
     try:
         _write(edits, ROOT)
         if subprocess.run(shlex.split(command), cwd=ROOT).returncode != 0:
             raise Refused(f"`{command}` failed; nothing was changed")
         built = _build(edits, folder)
         _git("commit", "--quiet", "--message", f"Release {version}", "--", *edits)
+        _git("tag", "--annotate", f"v{version}", "--message", f"Release {version}")
     except BaseException:
+        _git("reset", "--quiet", start)
         _git("checkout", "--quiet", "HEAD", "--", *edits)
         raise
-    _git("tag", "--annotate", f"v{version}", "--message", f"Release {version}")
     (ROOT / "dist").mkdir(exist_ok=True)
     return [Path(shutil.copy(path, ROOT / "dist")) for path in built]
 

@@ -14,6 +14,11 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "test the wheel among what its own metadata ask for, installed anew with the versions of constraints.txt"
+    parser.addoption("--with-dependencies", action="store_true", help=text)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Every section of `benchmarks/RESULTS.md` can be made anew, by the command that it names."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -59,6 +60,13 @@ def test_a_section_that_is_not_there_is_named() -> None:
     command = [sys.executable, str(BENCHMARKS / "bench.py"), "forward"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "no section 'forward'; there are forwards," in done.stderr
+
+
+def test_the_recipes_are_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes = importlib.reload(importlib.import_module("full_size")).RECIPES
+    families = [path for family in ("sd15", "sd3", "sd35") for path in (ROOT / "configs" / family).glob("*.yaml")]
+    assert sorted(recipes) == sorted(families) != []
 
 
 def test_the_published_algorithm_matches_the_base_where_there_is_no_reward() -> None:

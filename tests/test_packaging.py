@@ -1,10 +1,13 @@
 """What is installed is what is in the repository, and importing it is light."""
 
+import ast
 import importlib
 import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ tomllib = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else 
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+NAMED_IN = {"import_module": 0, "optional": 1}
+"""Functions that import what they are told, and which argument tells them."""
+
+
 def pins() -> dict[str, Version]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
@@ -29,6 +36,10 @@ def pins() -> dict[str, Version]:
 
 def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def names(requirements: Iterable[str]) -> set[str]:
+    return {canonical(Requirement(requirement).name) for requirement in requirements}
 
 
 def test_every_package_on_disk_is_listed() -> None:
@@ -72,6 +83,39 @@ def test_constraints_pin_every_requirement_within_its_floor() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     for requirement in map(Requirement, [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["docs"]]):
         assert pinned[canonical(requirement.name)] in requirement.specifier, requirement.name
+
+
+def imported(tree: ast.AST, lazily: bool = False) -> Iterator[tuple[str, bool]]:
+    """The packages that a module asks for, and whether only when a function is called."""
+    for node in ast.iter_child_nodes(tree):
+        asked: list[Any] = []
+        if isinstance(node, ast.Import):
+            asked = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            asked = [node.module]
+        elif isinstance(node, ast.Call) and (called := ast.unparse(node.func).rpartition(".")[2]) in NAMED_IN:
+            asked = [given.value for given in node.args[NAMED_IN[called] :][:1] if isinstance(given, ast.Constant)]
+        yield from ((name.partition(".")[0], lazily) for name in asked)
+        yield from imported(node, lazily or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda))
+
+
+def test_what_is_imported_is_declared() -> None:
+    """By the dependencies, whatever else they bring; by an extra too where a function alone imports it."""
+    needed, extras = PROJECT["project"]["dependencies"], PROJECT["project"]["optional-dependencies"].values()
+    declared = {False: names(needed), True: names([*needed, *chain.from_iterable(extras)])}
+    brought = packages_distributions()
+    found = {
+        (name, lazily, path)
+        for path in files("lightning_tilt/*.py", "callbacks/*.py")
+        for name, lazily in imported(ast.parse((ROOT / path).read_text()))
+        if name not in sys.stdlib_module_names and name != "lightning_tilt"
+    }
+    assert {("yaml", False), ("scipy", True), ("open_clip", True), ("datasets", True)} <= {case[:2] for case in found}
+    for name, lazily, path in sorted(found):
+        homes = {canonical(home) for home in brought.get(name, ())}
+        if not homes:  # an extra's, which is not installed: open_clip is of open-clip-torch
+            homes = {home for home in declared[lazily] if home.startswith(canonical(name))}
+        assert homes & declared[lazily], f"{path} imports {name}; pyproject.toml does not ask for it"
 
 
 def test_importing_the_package_is_light() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lightning
 import pytest
 import yaml
 from command import CONFIGS, DIGITS, TOY, overlay, tilt
@@ -22,6 +23,7 @@ import lightning_tilt.rewards.energies
 from lightning_tilt import citation
 from lightning_tilt.assets import folder
 from lightning_tilt.callbacks import SteeredSampler, TrajectorySampler
+from lightning_tilt.cli import TiltCLI
 from lightning_tilt.interfaces import Cited, Loss, Predictor, Reward, sources_of
 from lightning_tilt.models import EquivariantTilt, GaussianBase, LatentDiffusion, NeuralTilt, StableDiffusion
 from lightning_tilt.models.guide import Guide
@@ -191,6 +193,56 @@ def test_of_a_dictionary_short_or_resolved() -> None:
     text = citation(short)
     assert keys(text) == [*model, "ho2022classifier"]
     assert text.endswith("% not_here.Warmth cannot be imported here: add what it is from")
+
+
+OWN = """
+from lightning_tilt.rewards import Ink
+class Warmth(Ink):
+    sources = ("@misc{warm2031,\\n  title = {Warmth}\\n}",)
+"""
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"reward": "my_warmth.Warmth"},
+        {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": ["Ink", "my_warmth.Warmth"]}}},
+        {"predictor": "my_warmth.Warmth", "reward": "not_here.Cold"},
+    ],
+)
+def test_ones_own_class_by_its_path_alone(
+    named: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_warmth.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "my_warmth", raising=False)
+    arguments = {"optimizer": "torch.optim.AdamW", "note": "Not.Here"} | named
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": arguments}}))
+    run = tilt("cite", "config.yaml", cwd=tmp_path)
+    assert run.status == 0 and keys(run.out) == ["lightning_tilt", "warm2031"]
+    told = [line for line in run.out.splitlines() if line.startswith("%")]
+    assert told == (["% not_here.Cold cannot be imported here: add what it is from"] if "predictor" in named else [])
+
+
+def test_judges_by_their_paths_alone() -> None:
+    text = citation({"evaluation": {"rewards": {"cold": "not_here.Cold"}, "embedding": "not_here.Eye"}})
+    assert [line.split()[1] for line in text.splitlines() if line[:1] == "%"] == ["not_here.Cold", "not_here.Eye"]
+
+
+def test_a_run_its_trainer_and_its_config_agree(tmp_path: Path) -> None:
+    """On the demo, whose report measures diversity by CLIP, and whose evaluation judges by CLIPScore."""
+    found: list[str] = []
+
+    class Asked(TiltCLI):
+        def after_fit(self) -> None:
+            found.extend([citation(self.model), citation(self.trainer)])
+
+    Asked(["fit", *overlay(DIGITS, tmp_path / "run")])
+    wanted = keys(tilt("cite", "--config", DIGITS).out)
+    assert "hessel2021clipscore" in wanted
+    assert [set(keys(text)) for text in found] == [set(wanted)] * 2
+    assert {"lightning_tilt", *json.loads((tmp_path / "run/report.json").read_text())["sources"]} == set(wanted)
+    with pytest.raises(ValueError, match="this Trainer has no module yet; fit first, or give the module"):
+        citation(lightning.Trainer(logger=False, accelerator="cpu"))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)

@@ -12,6 +12,8 @@ import pytest
 import yaml
 from repository import ROOT, files
 
+import lightning_tilt
+
 SPEC = importlib.util.spec_from_file_location("release", ROOT / "scripts" / "release.py")
 assert SPEC is not None and SPEC.loader is not None
 release = importlib.util.module_from_spec(SPEC)
@@ -107,6 +109,27 @@ def test_refusals(clone: Path) -> None:
     assert "this is branch other; releases are cut on main" in cut(clone, "7.8.9").stderr
 
 
+def test_a_tag_that_fails_takes_the_commit_back(clone: Path) -> None:
+    git(clone, "config", "tag.gpgSign", "true")
+    git(clone, "config", "gpg.program", "false")
+    failed = cut(clone, "7.8.9", "--yes", "--check", "true")
+    assert (failed.returncode, failed.stderr.startswith("release: error: git tag: ")) == (1, True), failed.stderr
+    assert git(clone, "log", "--format=%s") == "all"
+    assert git(clone, "status", "--porcelain", "--ignored") == ""
+
+
+def test_what_the_remote_has_is_not_left_out(clone: Path, tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet", "--bare", "--initial-branch", "main", "remote.git")
+    git(clone, "remote", "add", "origin", "../remote.git")
+    git(clone, "push", "--quiet", "--set-upstream", "origin", "main")
+    git(clone, "commit", "--quiet", "--allow-empty", "--message", "not pushed yet")
+    assert cut(clone, "0.0.1").stderr.startswith("release: error: 0.0.1 is lower than ")  # being ahead is no harm
+    git(clone, "push", "--quiet")
+    git(clone, "reset", "--quiet", "--hard", "HEAD~1")
+    wanted = "release: error: main lacks commits that origin has: git pull --rebase origin main\n"
+    assert cut(clone, "7.8.9").stderr == wanted
+
+
 def test_changelogs() -> None:
     dated = release.date_changelog(NOTES, "0.2.0", "2026-03-04")
     assert "## [Unreleased]\n\n## [0.2.0] - 2026-03-04\n\n### Added\n\n- One.\n\n## [0.1.0]" in dated
@@ -137,3 +160,15 @@ def test_the_changelog_is_kept() -> None:
     versions = [tuple(map(int, match[1].split("."))) for match in found if match]
     assert versions == sorted(set(versions), reverse=True)
     assert set(re.findall(r"^### (.*)$", text, re.M)) <= set(release.KINDS)
+    last = ".".join(map(str, versions[0])) if versions else "0.1.0"
+    assert lightning_tilt.__version__ == last  # which a first release does not change
+
+
+def test_the_first_release_has_the_version_of_the_code(clone: Path) -> None:
+    for name, text in (("CHANGELOG.md", NOTES.partition("\n## [0.1.0]")[0]), ("CITATION.cff", "version: 0.1.0\n")):
+        (clone / name).write_text(text)
+    (clone / "lightning_tilt/__init__.py").write_text('__version__ = "0.1.0"\n')
+    git(clone, "commit", "--quiet", "--all", "--message", "before the first release")
+    run = cut(clone, "0.1.0")
+    assert run.returncode == 0, run.stderr
+    assert "+## [0.1.0] - " in run.stdout and "__version__" not in run.stdout

@@ -78,7 +78,7 @@ def test_workflows_run_make(workflow: Path) -> None:
 def test_oldest_and_newest_are_tested() -> None:
     on_change, nightly = ({command.split()[1]: python for python, command in runs(path)} for path in WORKFLOWS)
     assert set(on_change) == {"test", "test-oldest", "test-newest"}
-    assert set(nightly) == {"test-slow", "test-parity", "faults", "test-newest"}
+    assert set(nightly) == {"test-slow", "test-parity", "faults", "test-newest", "test-wheel", "test-extras"}
     assert PROJECT["project"]["requires-python"] == f">={on_change['test-oldest']}"
 
 

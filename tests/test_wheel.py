@@ -1,6 +1,7 @@
 """The wheel stands alone: built, installed into an empty environment, and used from an empty folder.
 
-What the package depends on is taken from the running environment, by a path; lightning_tilt itself is the wheel's.
+What the package depends on is taken from the running environment, by a path; lightning_tilt itself is the wheel's.  Of
+`make test-wheel` (`--with-dependencies`) the environment has what the wheel's metadata ask for, and nothing else.
 """
 
 import os
@@ -50,7 +51,7 @@ def site(environment: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+def built(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Built:
     """Wheel and sdist of a clean copy of the repository, and the Python of an environment that has the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
     source, out, environment = (folder / name for name in ("source", "out", "environment"))
@@ -62,11 +63,12 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     out.mkdir()
     wheel, sdist = build("wheel", source, out), build("sdist", source, out)
     venv.EnvBuilder(symlinks=True).create(environment)
-    (site(environment) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     python = environment / "bin/python"
-    run(
-        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=out
-    )
+    given = ["--constraint", ROOT / "constraints.txt"]
+    if not pytestconfig.getoption("--with-dependencies"):
+        (site(environment) / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+        given = ["--no-deps", "--no-index"]
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", *given, wheel, cwd=out)
     return Built(wheel, sdist, python)
 
 
@@ -82,6 +84,7 @@ def test_the_wheel_has_every_file_once(built: Built) -> None:
     assert {name for name in inside if ".dist-info/" not in name} == set(wanted)
     for name, path in wanted.items():
         assert inside[name] == (ROOT / path).read_bytes(), name
+    assert "lightning_tilt/py.typed" in inside  # without it no type checker looks into the package
     metadata = Parser().parsestr(next(text.decode() for name, text in inside.items() if name.endswith("/METADATA")))
     assert metadata["Version"] == lightning_tilt.__version__
     assert {"openclip", "hpsv2", "hub"} <= set(metadata.get_all("Provides-Extra", []))
@@ -107,6 +110,10 @@ def test_commands_from_an_empty_folder(built: Built, tmp_path: Path) -> None:
         str(path) for path in files("configs") if path.suffix != ".txt"
     )
     assert list(tmp_path.iterdir()) == []
+    copied = run(built.python.parent / "lightning-tilt", "configs", DEMO, "there", cwd=tmp_path).split()
+    assert DEMO in copied and len(copied) >= 3
+    for name in {name for name in copied if name.startswith("configs/")}:
+        assert (tmp_path / "there" / name).read_bytes() == (ROOT / name).read_bytes(), name
 
 
 def test_the_demo_from_an_empty_folder(built: Built, tmp_path: Path) -> None:

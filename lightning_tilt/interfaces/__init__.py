@@ -4,7 +4,7 @@ This is the lowest room beside the mathematics: everybody may import it, it impo
 """
 
 from lightning_tilt.condition import Condition, Prompts
-from lightning_tilt.interfaces.cited import Cited, sources_of
+from lightning_tilt.interfaces.cited import Cited, sources_of, sources_of_run
 from lightning_tilt.interfaces.loss import Loss
 from lightning_tilt.interfaces.not_finite import BadPolicy
 from lightning_tilt.interfaces.predictor import ExportablePredictor, KnownLaw, Predictor
@@ -28,4 +28,5 @@ __all__ = [
     "Sampler",
     "find_sampler",
     "sources_of",
+    "sources_of_run",
 ]

@@ -1,9 +1,12 @@
 """What a class stands on, as data: the one place where a loss, a reward or a model says which papers it is from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
-__all__ = ["Cited", "sources_of"]
+from torch import nn
+
+__all__ = ["Cited", "sources_of", "sources_of_run"]
 
 
 class Cited:
@@ -46,3 +49,24 @@ def sources_of(parts: Iterable[object]) -> list[str]:
         elif isinstance(part, Cited):
             found += part.own_sources()
     return list(dict.fromkeys(found))
+
+
+def sources_of_run(module: nn.Module, callbacks: Iterable[object]) -> list[str]:
+    """The sources of a run, each once: of its module, its sampler, and what judges it.
+
+    Args:
+        module: what is trained, a loss and host in one, with its model and reward.
+        callbacks: the Trainer's; what they hold counts too, made or yet to be made: further rewards, an embedding.
+    """
+    held = (source for callback in callbacks for value in (callback, *vars(callback).values()) for source in _in(value))
+    return list(dict.fromkeys([*sources_of(module.modules()), *held]))
+
+
+def _in(value: object) -> Iterator[str]:
+    if isinstance(value, partial):  # what a configuration says of an object that is made later
+        kinds = [part for part in (value.func, *value.args) if isinstance(part, type) and issubclass(part, Cited)]
+        yield from (source for kind in kinds for source in kind.sources_with(value.keywords))
+    elif isinstance(value, (Mapping, list, tuple)):
+        yield from (s for part in (value.values() if isinstance(value, Mapping) else value) for s in _in(part))
+    else:
+        yield from sources_of(value.modules() if isinstance(value, nn.Module) else [value])
