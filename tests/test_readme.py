@@ -16,6 +16,7 @@ import torch
 from markdown_it import MarkdownIt
 from toys import trainer
 
+import lightning_tilt.references  # noqa: F401  what annotates with Trainer is there before `at_root` replaces it
 from lightning_tilt.cli import main
 from lightning_tilt.rewards import Ink
 
