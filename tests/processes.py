@@ -2,7 +2,6 @@
 
 import os
 import socket
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ def _one(rank: int, port: int, work: Callable[..., None], args: Sequence[Any]) -
         "NODE_RANK": "0", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     try:
         work(rank, *args)
     finally:

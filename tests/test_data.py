@@ -162,7 +162,7 @@ def test_draws_say_how_many() -> None:
 
 
 TWO_PROCESSES = """
-import sys, warnings; sys.path.insert(0, {here!r})
+import sys; sys.path.insert(0, {here!r})
 import torch; torch.set_num_threads(1)
 from lightning.pytorch import Trainer
 from test_data import PROMPTS, QUIET, Recorder
@@ -175,7 +175,6 @@ class Shared(Recorder):
         if self.global_rank == 0:
             print(repr(seen))
 
-warnings.simplefilter("ignore")
 data = [PromptDataModule(PROMPTS, batch_size=2), DrawsDataModule(samples=3, batches=2, val_samples=4)]
 for module in data:
     trainer = Trainer(max_epochs=2, strategy="ddp_fork", devices=2, enable_checkpointing=False, **QUIET)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from command import DIGITS, TOY, overlay, tilt
 from matplotlib.image import imread
+from quiet import FORKED
 from test_report import CHAIN, STEPS, TILT, Bright, Images, Threefold
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -304,7 +305,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning on forks and distributed loaders
+@FORKED
 def test_two_processes_evaluate_what_one_does(tmp_path: Path) -> None:
     """Five prompts on two processes, the last of them dealt out twice; the pictures are of the first three."""
     for name, options in (("one", {}), ("two", {"devices": 2, "strategy": "ddp_fork"})):

@@ -77,7 +77,6 @@ def test_every_task_has_a_case_and_a_config() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.filterwarnings("ignore")
 def test_a_gaussian_in_ten_dimensions_moves_towards_its_tilt(name: str) -> None:
     """The exact tilt has mean A C/(1 + A) a coordinate; after so few updates the model is well on the way to it."""
     loss, settings, updates = CASES[name]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quiet import FORKED
 from torch import Tensor
 from toys import PromptedNet, SumReward, fit, trainer
 
@@ -47,7 +48,8 @@ def test_reduce_on_plateau_of_a_cost_is_refused() -> None:
         module.configure_optimizers()
 
 
-@pytest.mark.filterwarnings("ignore")  # samples that are left out; Lightning on distributed validation
+@FORKED
+@pytest.mark.filterwarnings("ignore:.*they are left out", "ignore:The ``compute`` method of metric")
 def test_validation_of_two_processes_is_that_of_all_samples() -> None:
     """One process has not a single good sample: it must still meet the other where they exchange."""
     found = []

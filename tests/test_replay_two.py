@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from processes import in_two
+from quiet import RESUMED
 from test_resume import make
 from toys import Recorder, SumReward, trainer
 
@@ -15,7 +16,7 @@ from lightning_tilt.callbacks.buffer import dealt
 from lightning_tilt.data import DrawsDataModule, PromptDataModule
 from lightning_tilt.trajectory import Trajectory
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, RESUMED]
 
 LEFT, END = 5, 8
 KINDS = ["end points", "replayed"]

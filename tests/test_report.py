@@ -10,6 +10,7 @@ import oracles
 import pytest
 import torch
 from matplotlib.image import imread
+from quiet import FORKED
 from torch import Tensor
 from toys import AffineControl, PromptedNet, SumReward, gaussian, trainer
 
@@ -364,7 +365,7 @@ def test_pictures_stand_by_their_noise_where_samples_are_skipped(
     assert 0 < blank < 15
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning on forks and distributed loaders
+@FORKED
 def test_two_processes_report_what_one_does(tmp_path: Path) -> None:
     """The prompts are dealt out; the model does not move, so every number but times and counts is the same."""
     reports = []

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet import RESUMED, RESUMING
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from toys import PromptedNet, SumReward, trainer
@@ -88,7 +89,8 @@ def run(kind: str, folder: Path, resume: Path | None = None, updates: int = 7, *
     callbacks += kwargs.pop("callbacks", [])
     fit = trainer(callbacks, enable_checkpointing=True, max_steps=updates, num_sanity_val_steps=0, **(extra | kwargs))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        for message in RESUMING:
+            warnings.filterwarnings("ignore", message=message)
         fit.fit(module, data, ckpt_path=resume)
     return dict(torch.load(folder / "last.ckpt", weights_only=True))
 
@@ -209,7 +211,7 @@ class Listed(torch.utils.data.Dataset[Any]):
         return PROMPTS[i]
 
 
-@pytest.mark.filterwarnings("ignore")
+@RESUMED
 @pytest.mark.parametrize(
     ("loader", "culprit"),
     [
@@ -252,14 +254,13 @@ def test_after_a_fit_signals_are_whose_they_were(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@RESUMED
 def test_what_only_looks_needs_nothing_of_another_loss(tmp_path: Path) -> None:
     run("log Z", tmp_path, updates=1)
     task, sampler, data, _ = make("levels")
     fit = trainer([sampler])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        fit.validate(task, data, ckpt_path=tmp_path / "last.ckpt")
-        assert torch.isfinite(fit.callback_metrics["val/reward"])
-        task, sampler, data, _ = make("levels")
-        with pytest.raises(ValueError, match="another loss"):
-            trainer([sampler], max_steps=2).fit(task, data, ckpt_path=tmp_path / "last.ckpt")
+    fit.validate(task, data, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.isfinite(fit.callback_metrics["val/reward"])
+    task, sampler, data, _ = make("levels")
+    with pytest.raises(ValueError, match="another loss"):
+        trainer([sampler], max_steps=2).fit(task, data, ckpt_path=tmp_path / "last.ckpt")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet import RESUMED
 from test_resume import Told, difference, make, run
 from toys import trainer
 
@@ -65,7 +66,7 @@ def test_a_validation_that_was_interrupted_is_made(call: int, validated: int, tm
 
 
 @pytest.mark.parametrize("at_end", [True, False])
-@pytest.mark.filterwarnings("ignore")
+@RESUMED
 def test_a_fit_goes_on_from_the_end_of_an_epoch(at_end: bool, tmp_path: Path) -> None:
     """Saved when the epoch is over, or when its validation is."""
     whole = logged("on policy", tmp_path / "whole")

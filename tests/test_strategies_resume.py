@@ -9,6 +9,7 @@ import lightning
 import pytest
 import torch
 from processes import fitted, in_two, predictor
+from quiet import RESUMED
 from safetensors.torch import load_file
 from toys import SumReward, trainer
 
@@ -16,7 +17,7 @@ from lightning_tilt.callbacks import ExportWeights, PredictionWriter, TiltReport
 from lightning_tilt.data import PromptDataModule
 from lightning_tilt.tasks import AdjointMatchingTask
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, RESUMED]
 
 STRATEGIES = {"one": None, "ddp": "ddp", "fsdp2": "fsdp2_sd15"}
 HALF, WHOLE = 2, 4

@@ -12,11 +12,12 @@ import processes
 import pytest
 import torch
 from processes import fitted, in_two
+from quiet import RESUMED
 from toys import SumReward
 
 from lightning_tilt.callbacks import TiltReport
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, RESUMED]
 
 TWICE = ["a", "bb", "a", "bb", "bb", "a", "a", "bb"]
 """Prompts that two processes have at the same time: their groups span both."""

@@ -1,7 +1,6 @@
 """Tilt Matching: orders in h, plain loops, levels, and going on from a checkpoint."""
 
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from naive_ends import PROMPTS, Weights, naive_gradient, net, ode, others, same, task_of
+from quiet import RESUMED
 from test_reinforce_adjoint_matching import Steps, hermite
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -188,6 +188,7 @@ def test_the_copy_is_held_without_touching_graphs_or_gradients() -> None:
         assert torch.equal(p, before[name]) and torch.equal(p.grad, q.grad)
 
 
+@RESUMED  # the loader starts anew; its batches are all the same
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_goes_on_in_the_middle_of_a_level(variant: str, tmp_path: Path) -> None:
     """Five updates, levels of two: at once, and with a checkpoint after three of them."""
@@ -196,9 +197,7 @@ def test_a_run_goes_on_in_the_middle_of_a_level(variant: str, tmp_path: Path) ->
         torch.manual_seed(0)
         task = task_of(TiltMatchingTask, variant=variant, lam=3.0, lr=0.05)
         runner = trainer([ode(rollout_every=2, exact_resume=False)], max_steps=updates)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the loader starts anew; its batches are all the same
-            runner.fit(task, DataLoader([PROMPTS] * 8, batch_size=None), **kwargs)
+        runner.fit(task, DataLoader([PROMPTS] * 8, batch_size=None), **kwargs)
         runner.save_checkpoint(tmp_path / "last.ckpt")
         return task
 

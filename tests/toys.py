@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -110,7 +111,8 @@ def fit(module: Any, sampler: TrajectorySampler, batches: Sequence[Any], **kwarg
     extra = kwargs.pop("callbacks", [])
     run = trainer([sampler, recorder, *extra], **({"max_steps": len(batches)} | kwargs))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("ignore", PossibleUserWarning)  # Lightning's advice on loaders, logs and modes
+        warnings.filterwarnings("ignore", message=".*they are left out")  # has tests of its own
         run.fit(module, DataLoader(list(batches), batch_size=None))
     return recorder
 

@@ -11,7 +11,6 @@ import random
 import signal
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +127,6 @@ def _command(args: list[str], err: Path) -> None:
     os.dup2(handle, 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.stderr, sys.stdout = os.fdopen(2, "w", buffering=1), os.fdopen(1, "w")
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     main(args)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from command import TOY, overlay, tilt
+from quiet import RESUMED
 from test_resume import PROMPTS, make, trainer
 from torch import nn
 
@@ -125,7 +126,7 @@ def test_a_tensor_too_long_for_float32_indices_is_known_to_its_last_value() -> N
     assert same_base(first, base_identity(predictor)) == ["long"]
 
 
-@pytest.mark.filterwarnings("ignore")
+@RESUMED
 def test_prompts_that_changed_are_named(tmp_path: Path) -> None:
     def go(data: PromptDataModule, exact: bool = True, resume: bool = True) -> None:
         module, _, _, _ = make("on policy")

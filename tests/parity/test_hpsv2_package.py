@@ -15,8 +15,11 @@ from test_open_clip import PROMPTS, tensors
 from lightning_tilt.rewards import HPSv2Package
 
 pytest.importorskip("hpsv2", reason="the hpsv2 package is not installed")
-# Other people's packages warn.
-pytestmark = pytest.mark.filterwarnings("ignore")
+# What hpsv2 calls by old names: https://github.com/tgxs002/HPSv2/tree/master/hpsv2
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Importing from timm.models.layers is deprecated:FutureWarning",
+    "ignore:`torch.cuda.amp.autocast.* is deprecated:FutureWarning",
+)
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,6 @@ from lightning_tilt import rewards
 from lightning_tilt.rewards import OpenCLIPScore
 from lightning_tilt.rewards.open_clip_score import _preprocessing
 
-# Other people's packages warn.
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 PROMPTS = [
     "a photo of a temple",
     "Two  red FLOWERS, 8k!!",
