@@ -225,14 +225,14 @@ assert apart["tuned, no weights"] > 2 * apart["steered, by weight"] and apart["t
 torch.manual_seed(0)
 LAM_INK, prompts = 50.0, ["a handwritten three", "the digit 5", "eight", "a handwritten zero"]
 digits = AdjointMatchingTask(StableDiffusion(str(folder("digits-sd15")), rank=4), Ink(), lam=LAM_INK)
-plain = TrajectorySampler(steps=16, samples_per_condition=128, seed=0, rollout_micro_batch=64, reward_micro_batch=64)
-few, many_more = (SteeredSampler(plain, SMC(particles=n, replicates=8)) for n in (64, 256))
-callbacks = {"base": plain, "64 particles": few, "256 particles": many_more}
+plain = TrajectorySampler(steps=16, samples_per_condition=64, seed=0, rollout_micro_batch=64, reward_micro_batch=64)
+few, many_more = (SteeredSampler(plain, SMC(particles=n, replicates=8)) for n in (64, 192))
+callbacks = {"base": plain, "64 particles": few, "192 particles": many_more}
 runs = {}
 for name, callback in callbacks.items():
     (runs[name],) = trainer([callback], 0, inference_mode=False).predict(digits, DataLoader(prompts, len(prompts)))
 
-asked, rows = [prompt for prompt in prompts for _ in range(128)], len(prompts)
+asked, rows = [prompt for prompt in prompts for _ in range(64)], len(prompts)
 judge = DigitAccuracy()
 ink = {name: run["reward"].double().view(rows, -1) for name, run in runs.items()}
 right = {name: judge.score(run["images"].float(), asked).double().view(rows, -1) for name, run in runs.items()}
@@ -252,7 +252,7 @@ for name, estimate in log_z.items():
     print(
         f"{name:15s} ink {float(ink[name].mean()):.4f}   read right {float(right[name].mean()):.3f}"
         f"   log Z {estimate.mean:.3f} +- {estimate.se:.3f}   ESS {seen['ess'][-1]:.2f}"
-        f"   128 samples of {seen['ancestors']:.0f} ancestors"
+        f"   64 samples of {seen['ancestors']:.0f} ancestors"
     )
 print("read right, prompt by prompt:")
 for name, row in right.items():
@@ -262,7 +262,7 @@ for name, row in right.items():
 figure = Figure(figsize=(12.6, 2.4), layout="constrained")
 axes = figure.subplots(1, 3)
 for axis, (name, run) in zip(axes, runs.items(), strict=True):
-    images = run["images"].view(rows, -1, *run["images"].shape[1:])[:, ::16]
+    images = run["images"].view(rows, -1, *run["images"].shape[1:])[:, ::8]
     axis.imshow(torch.cat([torch.cat([*row], -1) for row in images], -2).permute(1, 2, 0).clamp(0, 1).numpy())
     axis.set_title(name if name == "base" else f"steered, {name}")
     axis.set_xticks([])
@@ -273,4 +273,15 @@ axes[0].set_yticks([size * (i + 0.5) for i in range(rows)], prompts, fontsize=8)
 show(figure, "08_digits")
 
 # %%
-print("todo")
+for name, estimate in log_z.items():
+    assert abs(estimate.mean - weighted.mean) < 4 * (estimate.se**2 + weighted.se**2) ** 0.5, name
+    assert float(ink[name].mean()) > float(ink["base"].mean()) + 0.5 * (exact - float(ink["base"].mean()))
+    assert float(right[name].mean()) > 0.9
+assert few.found[0]["ancestors"] < 40 and few.found[0]["ancestors"] < many_more.found[0]["ancestors"]
+
+# %% [markdown]
+# The steered digits have the ink of the tilt, and the classifier reads them as well as the base's. The eye is less
+# content: with 64 particles several eights are one and the same filled blob, and some fives lean towards an S. That is
+# what few ancestors do: one bold particle was copied again and again, and the 64 samples of a prompt descend from fewer
+# than forty. Three times the particles for the same 64 samples have more ancestors and fewer copies. What is left of
+# filled strokes is the reward's own wish: ink is all it asks for, and the base's samples by weight have as much of it.
