@@ -212,9 +212,9 @@ assert apart["tuned, no weights"] < 0.4 * apart["base"]
 assert apart["tuned, no weights"] > 2 * apart["steered, by weight"] and apart["tuned, no weights"] > 3 * floor.mean
 
 # %% [markdown]
-# Few samples, a reward that changes by the hour, a reward without gradient, or samples that must be the tilt's: steer.
-# Very many samples of one tilt, of which it will do that they are near it, or in which no copies may stand: train, and
-# longer than here.
+# Few samples, a reward that changes by the hour, a reward without gradient: steer. Hundreds of thousands of samples of
+# one tilt, or samples among which no copies may stand: train. Where they must be the tilt's, weigh them; where it will
+# do that they are near it, training pays three times as early.
 #
 # ## 4. The digits
 #
