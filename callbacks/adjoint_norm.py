@@ -109,16 +109,22 @@ def summary(t: Tensor, norms: Tensor, bound: Tensor | None, growth: Tensor | Non
 
     Returns:
         Lists of length J; `ratio_max` is the largest |a|/(bound |a_K|), at most 1 for a base that has the precision.
+        `relative` has the quantiles and the largest of |a|/|a_K|, path by path, its `bound`, which none of them exceeds
+        where there is one, and `growth_max`, the largest of the factors that the paths allow.
     """
-    last = norms[-1]
+    last, relative = norms[-1], norms / norms[-1].clamp(min=1e-300)
     quantiles = torch.tensor([0.5, 0.95], dtype=norms.dtype, device=norms.device)
     median, high = norms.quantile(quantiles, 1).tolist()
     found: dict[str, Any] = {"t": t.tolist(), "mean": norms.mean(1).tolist(), "median": median, "q95": high}
     found |= {"se": (norms.std(1) / norms.shape[1] ** 0.5).tolist(), "n": norms.shape[1]}
+    found["relative"] = dict(zip(("median", "q95"), relative.quantile(quantiles, 1).tolist(), strict=True))
+    found["relative"]["max"] = relative.amax(1).tolist()
     if bound is not None:
+        found["relative"]["bound"] = bound.tolist()
         limit = bound.to(norms)[:, None] * last
         found |= {"bound": limit.mean(1).tolist(), "ratio_max": float((norms / limit.clamp(min=1e-300)).max())}
     if growth is not None:
+        found["relative"]["growth_max"] = growth.amax(1).tolist()
         found["growth"] = (growth.to(norms) * last).mean(1).tolist()
     return found
 
@@ -134,9 +140,9 @@ def draw(found: dict[str, Any]) -> Figure:
     axis.fill_between(t, found["median"], found["q95"], color=TUNED, alpha=0.18, lw=0, label="median to 95 %")
     axis.plot(t, found["mean"], color=TUNED, lw=1.4, label="mean |a|")
     if "bound" in found:
-        axis.plot(t, found["bound"], color=EXACT, lw=1.4, ls="--", label="bound, log-concave base")
+        axis.plot(t, found["bound"], color=EXACT, lw=1.4, ls="--", label="bound of the mean, log-concave base")
     if "growth" in found:
-        axis.plot(t, found["growth"], color=BASE, lw=1.4, ls=":", label="product of largest singular values")
+        axis.plot(t, found["growth"], color=BASE, lw=1.4, ls=":", label="its mean by singular values")
     axis.set_yscale("log")
     axis.set_xlabel("t  (noise 0, data 1)")
     axis.set_ylabel("norm of the lean adjoint")

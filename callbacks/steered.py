@@ -31,6 +31,9 @@ __all__ = ["SteeredSampler"]
 class SteeredSampler(TrajectorySampler):
     """A sampler whose rollouts for validation, test and prediction are steered.
 
+    `steering.json` has of each batch the prompts, log Z with its error, the mean ESS on arrival at each step, how many
+    replicates were resampled, and `ancestors`: from how many initial particles the samples of a prompt descend.
+
     Args:
         sampler: whose steps, transition, guidance and seed are used.
         smc: how particles are moved and resampled.
@@ -117,6 +120,7 @@ class SteeredSampler(TrajectorySampler):
                     "log_z": steered.log_z.as_dict(),
                     "ess": steered.ess.mean((1, 2)).tolist(),
                     "resampled": int(steered.resampled.sum()),
+                    "ancestors": len(steered.ancestor[kept.to(device)].unique()) / size,
                 }
             )
         end, reward = steered.end[kept.to(device)][None], steered.reward[kept.to(device)].to(dtype)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from ..interfaces import find_sampler
 from ..noise import keyed_normal_rows
 from ..trajectory import Trajectory
 from .diagnostic import Diagnostic, per_prompt
-from .pictures import EXACT, TUNED, tidy
+from .pictures import BASE, EXACT, TUNED, tidy
 from .scoring import score_end_points
 from .truth import truth_of
 
@@ -157,6 +158,8 @@ def numbers_of(forward: list[Tensor], backward: list[Tensor]) -> dict[str, Any]:
 def draw(forward: list[Tensor], backward: list[Tensor], found: dict[str, Any]) -> Figure:
     """Both histograms, the bounds, and where they cross; of several prompts each minus its own log Z.
 
+    Where one side lies far outside the other a second panel shows all of it, with a logarithmic density.
+
     Args:
         forward: as in `numbers_of`.
         backward: likewise.
@@ -167,27 +170,51 @@ def draw(forward: list[Tensor], backward: list[Tensor], found: dict[str, Any]) -
         pairs = zip(forward, backward, strict=True) if backward else None
         estimates = [bennett(a, b) for a, b in pairs] if pairs else [log_partition(a) for a in forward]
         shifts = [e.mean for e in estimates]
-    kinds = [(forward, TUNED, "forward"), (backward, EXACT, "backward")]
-    values = [torch.cat([v - s for v, s in zip(sets, shifts, strict=False)]) if sets else None for sets, _, _ in kinds]
-    shown = torch.cat([v for v in values if v is not None])
-    low, high = torch.quantile(shown[:1_000_000], torch.tensor([0.002, 0.998], dtype=shown.dtype)).tolist()
-    bins = torch.linspace(low, high, 61).tolist() if high > low else [low - 0.5, low + 0.5]
-    figure = Figure(figsize=(6.8, 4.0), layout="constrained")
-    axis = figure.subplots()
-    for value, (_, colour, label) in zip(values, kinds, strict=True):
-        if value is not None:
-            axis.hist(value.numpy(), bins, density=True, color=colour, alpha=0.35, label=label)
-            axis.hist(value.numpy(), bins, density=True, color=colour, histtype="step", lw=1.2)
+    sides = [torch.cat([v - s for v, s in zip(sets, shifts, strict=True)]) for sets in (forward, backward) if sets]
+    ranges, far = _ranges(sides)
+    figure = Figure(figsize=(9.6 if far else 6.8, 4.0), layout="constrained")
+    axes = figure.subplots(1, len(ranges), squeeze=False)[0]
     shift = found.get("log_z_bennett", found["log_z_forward"])["mean"] if several else 0.0
-    best = ("log_z_bennett", "Bennett") if backward else ("log_z_forward", "log Z")
-    for key, text, colour, width in (("elbo", "ELBO", TUNED, 4.0), ("eubo", "EUBO", EXACT, 2.5), (*best, "black", 1.2)):
-        if key in found:
-            axis.axvline(found[key]["mean"] - shift, color=colour, lw=width, label=text)
-    if found["exact"] is not None and not several:
-        axis.axvline(found["exact"], color="black", ls=":", lw=1.3, label="exact")
+    for axis, (low, high) in zip(axes, ranges, strict=True):
+        _histograms(axis, sides, torch.linspace(low, high, 61, dtype=torch.float64), far and axis is axes[1])
+        if found["exact"] is not None and not several:
+            axis.axvline(found["exact"], color=BASE, alpha=0.6, lw=5, label="exact")
+        best = ("log_z_bennett", "Bennett") if backward else ("log_z_forward", "log Z")
+        lines = (("elbo", "ELBO", TUNED, "--"), ("eubo", "EUBO", EXACT, "-."), (*best, "black", "-"))
+        for key, text, colour, line in lines:
+            if key in found:
+                axis.axvline(found[key]["mean"] - shift, color=colour, ls=line, lw=1.6, label=text)
+        axis.set_xlim(low, high)
+        tidy(axis)
     label = "log weight minus log Z of its prompt" if several else "log weight"
-    axis.set_xlabel(label + ("  (the histograms cross at log Z)" if backward and not several else ""))
-    axis.set_ylabel("density")
-    axis.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=6)
-    tidy(axis)
+    axes[0].set_xlabel(label + ("  (the histograms cross at log Z)" if backward and not several else ""))
+    axes[0].set_ylabel("density")
+    if far:
+        axes[1].set_xlabel(f"{label}, all of both sides")
+        axes[1].set_ylabel("density, logarithmic")
+    handles, labels = axes[-1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside upper center", ncols=6)
     return figure
+
+
+def _ranges(sides: list[Tensor]) -> tuple[list[tuple[float, float]], bool]:
+    """What is shown of log weights: the bulk of all, or first that of the forward side where it is a sliver of all."""
+    inner = torch.tensor([0.002, 0.998], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(sides)[:1_000_000], inner).tolist()
+    near, end = torch.quantile(sides[0][:1_000_000], inner).tolist()
+    if not high > low:
+        return [(low - 0.5, low + 0.5)], False
+    margin = (end - near) / 4
+    if not 0 < end - near < (high - low) / 8:
+        return [(low, high)], False
+    return [(near - margin, end + margin), (low - (high - low) / 50, high)], True
+
+
+def _histograms(axis: Axes, sides: list[Tensor], bins: Tensor, log: bool) -> None:
+    """Densities of the whole of each side; forward filled and outlined, backward dashed."""
+    width = float(bins[1] - bins[0])
+    for value, colour, label, line in zip(sides, (TUNED, EXACT), ("forward", "backward"), ("-", "--"), strict=False):
+        weights = torch.full_like(value, 1 / (len(value) * width)).numpy()
+        data, edges = value.numpy(), bins.tolist()
+        axis.hist(data, edges, weights=weights, color=colour, alpha=0.35, label=label, log=log)
+        axis.hist(data, edges, weights=weights, color=colour, histtype="step", ls=line, lw=1.3, log=log)

@@ -8,7 +8,7 @@
 # 1. Every regression has a bias, which training removes, and a variance, which it cannot.  Towards the noise the
 #    variance of *target* score matching grows as 1/alpha^2, towards the data that of *conditional* score matching as
 #    1/beta^2; *novel* score matching, Adjoint Sampling and Adjoint Matching are finite at both ends.
-# 2. Training removes the bias and leaves the variance where it is.
+# 2. Training removes the bias.  The variance is the target's own, and stays.
 # 3. The lean adjoint of a log-concave base is bounded by a known function of time, with equality for a Gaussian.  For a
 #    base of several modes it is not.
 
@@ -17,6 +17,7 @@ import math
 
 import torch
 from _common import show, trainer
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lightning_tilt.callbacks import AdjointNorm, TargetVariance, TrajectorySampler
@@ -39,34 +40,48 @@ LOOKS = {
 # ## 1. Variances over time
 #
 # The base is the two-dimensional mixture, the reward quadratic, the process a rectified flow: `X_t = t X_1 + (1 - t)
-# eps`. The base, its tilt, `X_1 | X_t` and the score are closed forms, so nothing below is trained: the four targets
-# are drawn at exact samples `X_t ~ p*_t`, sixteen of them a state. All four have the same mean, the score of the tilt.
+# eps`. The base, its tilt, `X_1 | X_t` and the score are closed forms, so nothing below is trained: 20,000 exact
+# samples `X_t ~ p*_t`, one of each of the four targets at each. All four have the same conditional mean, the score of
+# the tilt `s*`, which is known: the variance of a target `y` is the mean of `|y - s*(X_t)|^2`. Beside that mean the
+# median and the 95 % quantile are drawn.
 
 # %%
 mixture, reward = the_mixture()
 flow = RectifiedFlow()
-times = torch.tensor(
-    [0.0025, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.9975],
-    dtype=torch.float64,
-)
-found = mixture_variances(mixture, reward, 1.0, flow, times, outer=600, inner=8, steps=30)
+times = torch.linspace(-6, 6, 25, dtype=torch.float64).sigmoid()
+found = mixture_variances(mixture, reward, 1.0, flow, times)
 two_eta = 2 * flow.beta(times) / flow.alpha(times)  # eta = beta/alpha of this flow: what the control metric weighs with
 
-figure = Figure(figsize=(9.6, 4.2), layout="constrained")
-axes = figure.subplots(1, 2, sharex=True)
-for axis, factor, title in zip(axes, (1, two_eta), ("score metric", "control metric, 2 eta times that"), strict=True):
-    for name, (label, colour, line, marker) in LOOKS.items():
-        axis.plot(times, factor * found[name][0], line, marker=marker, ms=3, lw=1.3, color=colour, label=label)
-    axis.set(xscale="logit", yscale="log", xlabel="t  (noise 0, data 1)", title=f"E tr Cov(y | X_t), {title}")
-    axis.xaxis.set_minor_formatter(lambda *_: "")
-    axis.title.set_fontsize(10)
+figure = Figure(figsize=(12.6, 4.4), layout="constrained")
+axes = figure.subplots(1, 3, sharex=True)
+axes[1].sharey(axes[0])
+for name, (label, colour, line, marker) in LOOKS.items():
+    mean, se, median, q95 = found[name]
+    factor = (2 * se / mean).exp()
+    for axis, unit in ((axes[0], 1), (axes[2], two_eta)):
+        axis.plot(times, unit * mean, line, marker=marker, ms=3, lw=1.3, color=colour, label=label)
+        axis.fill_between(times, unit * mean / factor, unit * mean * factor, color=colour, alpha=0.25, lw=0)
+    axes[1].plot(times, median, line, marker=marker, ms=3, lw=1.3, color=colour)
+    if name in ("novel", "adjoint"):
+        hatch, dark = ("////", 0.08) if name == "adjoint" else ("", 0.35)
+        axes[1].fill_between(
+            times, median, q95, fc=(*to_rgb(colour), dark), ec=(*to_rgb(colour), 0.3), hatch=hatch, lw=0
+        )
+titles = ("variance, the mean over paths", "median, bands to 95 %", "variance in the control metric")
+for axis, title in zip(axes, titles, strict=True):
+    axis.set(xscale="logit", yscale="log", xlabel="t  (noise 0, data 1)")
+    axis.set_xticks([0.01, 0.1, 0.5, 0.9, 0.99], ["0.01", "0.1", "0.5", "0.9", "0.99"])
+    axis.minorticks_off()
+    axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
+axes[0].set_ylabel("|y - s*($X_t$)|²")
+axes[2].set_ylabel("2 eta |y - s*($X_t$)|²")
 ends = (times < 0.06, times > 0.94)
 for inside, name, power, text in (
     (ends[0], "target", 1 / flow.alpha(times) ** 2, "1/alpha²"),
     (ends[1], "conditional", 1 / flow.beta(times) ** 2, "1/beta²"),
 ):
-    line = 3 * power * (found[name][0] / power)[inside].median()
+    line = 3 * power * (found[name].mean / power)[inside].median()
     axes[0].plot(times[inside], line[inside], ":", color="black", lw=1.2)
     at = int(inside.nonzero()[len(inside.nonzero()) // 2])
     left = name == "target"
@@ -74,29 +89,49 @@ for inside, name, power, text in (
         text, (times[at], line[at]), (12 if left else -12, 6), textcoords="offset points",
         ha="left" if left else "right",
     )  # fmt: skip
-axes[0].legend(frameon=False, fontsize=8, loc="lower center")
+figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside lower center", ncols=4)
 show(figure, "06_variances")
 
 # %% [markdown]
 # Time is stretched at both ends. The dotted lines are the powers that the papers name, drawn three times above the
-# curves that they belong to. Halving the distance to an end makes the infinite variances four times as large, and that
-# is asserted here to a tenth; the finite ones are small at both ends. In the middle Adjoint Matching's variance is not
-# small: its adjoint passes through the saddle between the modes of the base, where the Jacobian is large, and a few
-# paths carry it (section 3).
+# curves that they belong to: asserted here to a tenth; the finite variances are small at both ends, and in the control
+# metric, whose integral is the noise of a loss, they are so too.
+#
+# In the middle Adjoint Matching's variance is another thing. **Its mean is ruled by rare paths**, those whose adjoint
+# passes through the saddle between the modes of the base (section 3): one path in a thousand makes half of it. So it
+# is known badly, its error bars are too short, a small sample misses most of it, and it grows with the number of steps
+# in which the adjoint is swept (60 here), which resolve a longer stay at the saddle. Median and 95 % quantile depend on
+# neither: the typical target of Adjoint Matching is the nearest of all to the score, at every t.
 
 # %%
-for name, k in (("target", 0), ("conditional", -1)):
-    value, se = found[name]
-    inner = 1 if k == 0 else -2
-    ratio = float(value[k] / value[inner])
-    print(f"{name:12s} twice as near to its end: {ratio:.2f} times the variance (claim: 4)")
-    assert abs(ratio - 4) < 0.4
-    assert float(se[k] / value[k]) < 0.2
+slopes = {
+    "target": float((found["target"].mean[1] / found["target"].mean[0]).log() / (times[1] / times[0]).log()),
+    "conditional": float(
+        (found["conditional"].mean[-2] / found["conditional"].mean[-1]).log()
+        / (flow.beta(times)[-2] / flow.beta(times)[-1]).log()
+    ),
+}
+for name, slope in slopes.items():
+    print(f"{name:12s} grows towards its end as the power {slope:.2f} (claim: -2)")
+    assert abs(slope + 2) < 0.1
+    assert float((found[name].se / found[name].mean)[[0, -1]].max()) < 0.05
 for name in ("novel", "adjoint"):
-    at_the_ends = [float(found[name][0][k]) for k in (0, -1)]
-    print(f"{name:12s} at t = {float(times[0])} and {float(times[-1])}: {at_the_ends[0]:.1e}, {at_the_ends[1]:.1e}")
+    at_the_ends = [float(found[name].mean[k]) for k in (0, -1)]
+    print(f"{name:12s} at t = .0025 and .9975: {at_the_ends[0]:.1e}, {at_the_ends[1]:.1e}")
     assert max(at_the_ends) < 0.01
-assert float(found["target"][0][0]) > 1e5 and float(found["conditional"][0][-1]) > 1e5
+assert float(found["target"].mean[0]) > 1e5 and float(found["conditional"].mean[-1]) > 1e5
+for k in range(8, 17, 2):
+    mean, se, median, q95 = (float(v[k]) for v in found["adjoint"])
+    print(f"adjoint, t = {float(times[k]):.2f}: mean {mean:.3g} +- {se:.2g}, median {median:.2g}, 95 % {q95:.3g}")
+typical = torch.stack([found[name].median for name in LOOKS])
+assert bool((typical.argmin(0) == list(LOOKS).index("adjoint")).all())
+middle = (times > 0.2) & (times < 0.6)
+assert bool((found["adjoint"].mean > 20 * found["adjoint"].median)[middle].all())
+halves = [mixture_variances(mixture, reward, 1.0, flow, times[middle], samples=8000, steps=30, seed=s) for s in (1, 2)]
+for name, tolerance in (("median", 0.15), ("q95", 0.6)):  # of two other samples and half the steps
+    for other in halves:
+        ratio = getattr(other["adjoint"], name) / getattr(found["adjoint"], name)[middle]
+        assert float(ratio.log().abs().max()) < tolerance, name
 
 # %% [markdown]
 # *Adjoint Sampling* is not a fifth curve: for a Gaussian base its target is novel score matching's, state by state.
@@ -104,8 +139,8 @@ assert float(found["target"][0][0]) > 1e5 and float(found["conditional"][0][-1])
 
 # %%
 normal = GaussianMixturePredictor([1.0], [[0.0, 0.0]], [[[1.0, 0.0], [0.0, 1.0]]]).mixture
-same = mixture_variances(normal, reward, 1.0, flow, times[::3], outer=50, inner=4, steps=8)
-gap = float((same["adjoint"][0] / same["novel"][0] - 1).abs().max())
+same = mixture_variances(normal, reward, 1.0, flow, times[::3], samples=200, steps=8)
+gap = float((same["adjoint"].mean / same["novel"].mean - 1).abs().max())
 print(f"largest relative difference of the two variances: {gap:.1e}")
 assert gap < 1e-9
 
@@ -141,7 +176,7 @@ figure = Figure(figsize=(8.6, 3.6), layout="constrained")
 axes = figure.subplots(1, 2, sharey=True)
 styles = {"before": ("#7f8c99", "s", "--"), "after": ("#c8553d", "o", "-")}
 for axis, part, title in zip(
-    axes, ("bias2", "variance"), ("bias²: training removes it (hollow: at most)", "variance: it stays"), strict=True
+    axes, ("bias2", "variance"), ("bias² (hollow: at most)", "variance, of one target"), strict=True
 ):
     for when, (colour, marker, line) in styles.items():
         rows = steps[when]["times"]
@@ -162,18 +197,21 @@ show(figure, "06_bias_and_variance")
 # %%
 for before, after in zip(steps["before"]["times"], steps["after"]["times"], strict=True):
     (b0, b1), (v0, v1) = ((before["control"][part], after["control"][part]) for part in ("bias2", "variance"))
-    print(
-        f"t = {before['t']:.2f}: bias² {b0['mean']:7.3f} -> {b1['mean']:7.3f} (+- {b1['se']:.3f})    "
-        f"variance {v0['mean']:7.2f} -> {v1['mean']:7.2f}"
-    )
+    bias, variance = (" -> ".join(f"{v['mean']:8.3g} +- {v['se']:8.2g}" for v in pair) for pair in ((b0, b1), (v0, v1)))
+    print(f"t = {before['t']:.2f}   bias² {bias}   variance {variance}")
+    assert abs(v0["mean"] - v1["mean"]) < 4 * math.hypot(v0["se"], v1["se"])
     if before["t"] >= 0.6:
-        assert b1["mean"] < 0.2 * b0["mean"] and b0["mean"] > 4 * b0["se"]
-        assert abs(v0["mean"] - v1["mean"]) < 4 * math.hypot(v0["se"], v1["se"])
+        assert b0["mean"] > 4 * b0["se"] and b1["mean"] < b0["mean"] / (8 if before["t"] < 0.7 else 30)
+    else:
+        assert b1["mean"] < 2 * b1["se"]  # not resolved
 
 # %% [markdown]
-# Near the data the bias falls to a hundredth while the variance does not move. Towards the noise no bias is seen,
-# before or after: there the variance of these few paths is larger than it, and that is what a batch has to average
-# away.
+# After training the bias is a fifteenth of what it was at t = .6, and a sixtieth from .8 on. Up to t = .4 none is
+# resolved any more: the variance of these 400 states is larger than it, and that is what a batch has to average away.
+# Before training it was seen at t = .4, not below.
+#
+# No change of the variance is resolved at any t, and below t = .6 that says little: its standard error is a third of
+# it, and rare paths make it (section 1).  From .6 on the errors are small.
 
 # %% [markdown]
 # ## 3. How long the lean adjoint is
@@ -186,7 +224,8 @@ for before, after in zip(steps["before"]["times"], steps["after"]["times"], stri
 # Three bases: N(0, I/m), where it is an equality; a Gaussian whose smallest precision is m, where it is a bound; and
 # the mixture, which is no log-concave law at all. For that one we draw the formula with the smallest precision of its
 # *components*, as somebody might who forgets that a mixture of log-concave laws is not log-concave, beside what does
-# hold for any base: the product of the largest singular values of the steps' Jacobians.
+# hold for any base: the product of the largest singular values of the steps' Jacobians. All is drawn relative to each
+# path's own `|a_1|`, from the median of 600 paths to the longest.
 
 
 # %%
@@ -216,27 +255,33 @@ cases = {
 figure = Figure(figsize=(11.4, 3.9), layout="constrained")
 axes = figure.subplots(1, 3)
 for axis, (title, case) in zip(axes, cases.items(), strict=True):
-    axis.fill_between(case["t"], case["median"], case["q95"], color="#c8553d", alpha=0.2, lw=0, label="median to 95 %")
-    axis.plot(case["t"], case["mean"], color="#c8553d", lw=1.6, label="mean |a|")
-    axis.plot(case["t"], case["bound"], "--", color="#2b6777", lw=1.6, label="the formula")
-    if "growth" in case:
-        axis.plot(case["t"], case["growth"], ":", color="black", lw=1.6, label="product of singular values")
+    t, a = case["t"], case["relative"]
+    axis.fill_between(t, a["median"], a["max"], color="#c8553d", alpha=0.25, lw=0, label="median to the longest")
+    axis.plot(t, a["median"], color="#c8553d", lw=1.6, label="median")
+    axis.plot(t, a["bound"], "--", color="#2b6777", lw=1.6, label="the formula")
+    if "growth_max" in a:
+        axis.plot(t, a["growth_max"], ":", color="black", lw=1.6, label="largest by singular values")
     axis.set(yscale="log", xlabel="t  (noise 0, data 1)", title=title)
     axis.title.set_fontsize(10)
     axis.legend(frameon=False, fontsize=8, loc="lower right")
     axis.spines[["top", "right"]].set_visible(False)
-axes[0].set_ylabel("norm of the lean adjoint")
+axes[0].set_ylabel("$|a_t|/|a_1|$")
 show(figure, "06_adjoint_norms")
 
 # %%
 for title, case in cases.items():
     print(f"{title:42s} largest |a| / formula {case['ratio_max']:.4f}")
 equal, bounded, broken = cases.values()
-assert max(abs(a / b - 1) for a, b in zip(equal["mean"], equal["bound"], strict=True)) < 1e-4
-assert bounded["ratio_max"] < 1 + 1e-4 and bounded["mean"][0] < 0.95 * bounded["bound"][0]
+for case in (equal, bounded):
+    bound = case["relative"]["bound"]
+    assert all(a <= b * (1 + 1e-4) for a, b in zip(case["relative"]["max"], bound, strict=True))  # every path, every t
+assert all(abs(a / b - 1) < 1e-4 for a, b in zip(equal["relative"]["median"], equal["relative"]["bound"], strict=True))
+assert bounded["relative"]["median"][0] < 0.95 * bounded["relative"]["bound"][0]
 assert broken["ratio_max"] > 2
-assert all(a <= b * (1 + 1e-4) for a, b in zip(broken["mean"], broken["growth"], strict=True))
+relative = broken["relative"]
+assert all(a <= b * (1 + 1e-4) for a, b in zip(relative["max"], relative["growth_max"], strict=True))
 
 # %% [markdown]
-# The last panel is the reason for the hump in the first picture: between the modes the adjoint grows. It is also why
+# The last panel is the reason for the hump in the first picture: between the modes the adjoint of some paths grows, and
+# that of most shrinks, as their median says. It is also why
 # `loss_cap` exists, and why `AdjointNorm` is a callback: on a base that nobody has a formula for, one looks.

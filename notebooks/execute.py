@@ -7,6 +7,7 @@ The script is the source; times, identifiers and what went to stderr are left ou
 same machine writes the same file.
 """
 
+import resource
 import sys
 from pathlib import Path
 
@@ -32,13 +33,21 @@ def execute(script: Path) -> Path:
     return written
 
 
+def _cpu_seconds() -> float:
+    """Of all kernels so far, and of what they started."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     """Execute what the command line names."""
     scripts = sorted(HERE.glob("[0-9]*.py"))
     for script in scripts:
         if len(sys.argv) == 1 or script.name.startswith(tuple(sys.argv[1:])):
+            before = _cpu_seconds()
             written = execute(script)
-            print(f"{written.relative_to(HERE.parent)}: {written.stat().st_size / 1000:.0f} kB", flush=True)
+            size, seconds = written.stat().st_size / 1000, _cpu_seconds() - before
+            print(f"{written.relative_to(HERE.parent)}: {size:.0f} kB, {seconds:.0f} CPU seconds", flush=True)
 
 
 if __name__ == "__main__":

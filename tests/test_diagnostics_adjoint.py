@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,10 @@ def test_a_log_concave_base_stays_below_its_bound(tmp_path: Path) -> None:
     predictor = NeuralTilt(GaussianMixturePredictor.of(mixture), hidden=8, layers=1)
     reward = QuadraticReward([[0.6, 0.2], [0.2, 0.5]], [-0.5, 1.0])
     found = run(tmp_path, predictor, reward, AdjointNorm(400, precision=m - 1e-3, jacobians=True, micro_batch=150))
+    relative = found["relative"]
+    for lists in zip(*(relative[key] for key in ("median", "q95", "max", "growth_max", "bound")), strict=True):
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(lists))  # path by path, not on average alone
+    assert relative["median"][-1] == relative["max"][-1] == 1
     assert 0.5 < found["ratio_max"] <= 1 and found["n"] == 400 and found["precision"] == m - 1e-3
     assert found["t"][-1] == 1 and len(found["mean"]) == len(found["bound"]) == 12
     # What one path allows is at least what it did, and at most what the base allows.
@@ -91,6 +96,7 @@ def test_a_log_concave_base_stays_below_its_bound(tmp_path: Path) -> None:
 def test_a_gaussian_base_is_its_own_bound(tmp_path: Path, transition: Any) -> None:
     predictor = NeuralTilt(GaussianBase([2], scale=0.5), hidden=8, layers=1)
     found = run(tmp_path, predictor, LinearReward([1.0, -2.0]), AdjointNorm(50), transition)
+    assert found["relative"]["median"] == pytest.approx(found["relative"]["bound"], rel=1e-9)
     assert found["precision"] == 4.0 and found["ratio_max"] == pytest.approx(1, abs=1e-10)
     assert found["mean"] == pytest.approx(found["bound"], rel=1e-10)
     assert found["mean"][-1] == pytest.approx(2 * math.sqrt(5), rel=1e-10)

@@ -8,11 +8,10 @@ from typing import Any
 import oracles
 import pytest
 import torch
-from torch import Tensor
 from toys import AffineControl, PromptedNet, SumReward, fit, gaussian
 
 from lightning_tilt.callbacks import TrajectorySampler
-from lightning_tilt.callbacks.mixture_variances import mixture_variances
+from lightning_tilt.callbacks.mixture_variances import Spread, mixture_variances
 from lightning_tilt.callbacks.nested import bias_and_variance, continued, gradient_noise
 from lightning_tilt.callbacks.target_variance import TargetVariance
 from lightning_tilt.interfaces.targets import control_factor, mean_slopes, x1_of_mean, x1_target
@@ -38,12 +37,12 @@ CHAIN, TILT = oracles.ddim_chain(oracles.flow_schedule(STEPS), MU, V), oracles.T
 
 
 @pytest.fixture(scope="module")
-def variances() -> dict[str, tuple[Tensor, Tensor]]:
+def variances() -> dict[str, Spread]:
     mixture, reward = the_mixture()
-    return mixture_variances(mixture, reward, 1.0, FLOW, TIMES, outer=1500, inner=6, steps=40)
+    return mixture_variances(mixture, reward, 1.0, FLOW, TIMES, samples=10_000, steps=40)
 
 
-def test_the_figures_of_the_mixture(variances: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_the_figures_of_the_mixture(variances: dict[str, Spread]) -> None:
     """In the score metric, traced over both coordinates, averaged over X_t; two digits are known."""
     known: dict[str, dict[int, float]] = {
         "target": {0: 2e4, 1: 829, 2: 92, 3: 16, 4: 0.63, 5: 0.019},
@@ -52,12 +51,12 @@ def test_the_figures_of_the_mixture(variances: dict[str, tuple[Tensor, Tensor]])
         "adjoint": {4: 0.009, 5: 0.0003},  # between noise and data single paths carry its mean: no figure is stable
     }
     for name, figures in known.items():
-        value, se = variances[name]
+        value, se, *_ = variances[name]
         for i, figure in figures.items():
             assert abs(float(value[i]) - figure) < 0.1 * figure + 3 * float(se[i]), (name, float(TIMES[i]))
 
 
-def test_conditional_variance_is_the_posterior_covariance(variances: dict[str, tuple[Tensor, Tensor]]) -> None:
+def test_conditional_variance_is_the_posterior_covariance(variances: dict[str, Spread]) -> None:
     """alpha^2/beta^4 E tr Cov(X_1 | X_t), without a single draw of X_1 | X_t."""
     mixture, reward = the_mixture()
     tilted, _ = mixture.tilt(reward, 1.0)
@@ -66,7 +65,7 @@ def test_conditional_variance_is_the_posterior_covariance(variances: dict[str, t
         x = t * x1 + (1 - t) * torch.randn(x1.shape, generator=torch.Generator().manual_seed(6), dtype=x1.dtype)
         covariance = tilted.x1_posterior(FLOW, x, torch.tensor(t).double()).covariance
         exact = t**2 / (1 - t) ** 4 * covariance.diagonal(dim1=-2, dim2=-1).sum(-1)
-        value, se = (float(v[i]) for v in variances["conditional"])
+        value, se = (float(v[i]) for v in variances["conditional"][:2])
         assert abs(value - float(exact.mean())) < 4 * math.hypot(se, float(exact.std()) / math.sqrt(len(exact)))
 
 
@@ -74,7 +73,8 @@ def test_which_targets_stay_finite() -> None:
     """TSM grows as 1/alpha^2 towards the noise, CSM as 1/beta^2 towards the data, NSM and AM nowhere."""
     mixture, reward = the_mixture()
     ends = torch.tensor([0.002, 0.004, 0.996, 0.998], dtype=torch.float64)
-    found = {n: v for n, (v, _) in mixture_variances(mixture, reward, 1.0, FLOW, ends, outer=500, steps=30).items()}
+    seen = mixture_variances(mixture, reward, 1.0, FLOW, ends, samples=4000, steps=30)
+    found = {name: spread.mean for name, spread in seen.items()}
     assert float(found["target"][0] / found["target"][1]) == pytest.approx(4, rel=0.1)
     assert float(found["conditional"][3] / found["conditional"][2]) == pytest.approx(4, rel=0.1)
     assert float(found["target"][0]) > 1e6 and float(found["conditional"][3]) > 1e5
@@ -87,8 +87,39 @@ def test_novel_score_matching_is_adjoint_sampling_for_a_gaussian_base(process: A
     """Path by path: the adjoint of N(0, I) needs no simulation, at any number of steps."""
     base = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
     _, reward = the_mixture()
-    found = mixture_variances(base, reward, 1.5, process, TIMES, outer=20, inner=4, steps=7)
-    torch.testing.assert_close(found["adjoint"][0], found["novel"][0], rtol=1e-9, atol=0)
+    found = mixture_variances(base, reward, 1.5, process, TIMES, samples=80, steps=7)
+    for adjoint, novel in zip(found["adjoint"], found["novel"], strict=True):
+        torch.testing.assert_close(adjoint, novel, rtol=1e-9, atol=0)
+
+
+def test_quantiles_are_those_of_the_law() -> None:
+    """Of a Gaussian tilt with an isotropic posterior |y - s*|^2 is a variance times a chi squared in two dimensions."""
+    base = GaussianMixture(torch.ones(1).double(), torch.zeros(1, 2).double(), torch.eye(2).double()[None])
+    reward = QuadraticReward([[0.5, 0.0], [0.0, 0.5]], [1.0, -1.0])
+    n = 40_000
+    found = mixture_variances(base, reward, 1.0, FLOW, TIMES, samples=n, steps=3)["conditional"]
+    t = TIMES
+    posterior = 1 / (1.5 + t**2 / (1 - t) ** 2)  # of X_1 | X_t, a coordinate
+    unit = t**2 / (1 - t) ** 4 * posterior
+    for seen, p in ((found.median, 0.5), (found.q95, 0.95)):
+        # chi^2_2 is twice an exponential; the quantile's error is sqrt(p (1 - p)/n)/density.
+        error = math.sqrt(p * (1 - p) / n) * 2 / (1 - p)
+        assert float((seen / unit + 2 * math.log(1 - p)).abs().max()) < 4 * error
+    assert float((found.mean / unit - 2).abs().max()) < 4 * 2 / math.sqrt(n)
+
+
+def test_the_adjoint_target_has_quantiles_that_steps_do_not_move() -> None:
+    """In the middle single paths make its mean, which grows with the steps; quantiles are what two runs agree in."""
+    mixture, reward = the_mixture()
+    t = torch.tensor([0.4], dtype=torch.float64)
+    coarse, fine = (
+        mixture_variances(mixture, reward, 1.0, FLOW, t, samples=20_000, steps=steps, seed=steps)["adjoint"]
+        for steps in (60, 120)
+    )
+    assert float(fine.median) == pytest.approx(float(coarse.median), rel=0.1)
+    assert float(fine.q95) == pytest.approx(float(coarse.q95), rel=0.3)
+    for spread in (coarse, fine):
+        assert float(spread.mean) > 50 * float(spread.median)
 
 
 # The estimators ------------------------------------------------------------------------------------------------------

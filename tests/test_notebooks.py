@@ -6,6 +6,7 @@ A notebook asserts its claims itself; here it is run as a script, in a copy, so 
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 SCRIPTS = sorted(NOTEBOOKS.glob("[0-9]*.py"))
 FAST = "04"  # the one that `make test` runs
+CPU_SECONDS = 240  # two minutes on two cores, however busy they are
 
 each = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 
@@ -36,6 +38,12 @@ def cells(script: Path) -> list[tuple[str, str]]:
 def executed(script: Path) -> dict[str, Any]:
     """The committed notebook."""
     return dict(json.loads(script.with_suffix(".ipynb").read_text()))
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have been started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def test_there_are_notebooks() -> None:
@@ -85,6 +93,7 @@ def test_the_index_names_nothing_that_is_not_there() -> None:
     [pytest.param(s, marks=() if s.name.startswith(FAST) else pytest.mark.slow, id=s.stem) for s in SCRIPTS],
 )
 def test_a_notebook_runs(script: Path, tmp_path: Path) -> None:
+    before = cpu_seconds()
     home = tmp_path / "notebooks"
     home.mkdir()
     for file in (script, NOTEBOOKS / "_common.py"):
@@ -94,5 +103,6 @@ def test_a_notebook_runs(script: Path, tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
+    assert cpu_seconds() - before < CPU_SECONDS, "notebooks/README.md promises two minutes on two cores"
     committed = {path.name for path in (NOTEBOOKS / "pictures").glob(f"{script.name[:2]}_*.png")}
     assert {path.name for path in (home / "pictures").iterdir()} == committed

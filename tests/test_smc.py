@@ -109,6 +109,18 @@ def _log_normal(y: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return -((y - mean) ** 2) / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
 
 
+def test_ancestors_are_of_the_same_replicate_and_become_fewer_where_it_is_resampled() -> None:
+    smc = SMC(particles=8 * 50, replicates=50, resample_below=0.7)
+    steered = steer(smc, gaussian(MU, V, PROCESS))
+    ancestors = steered.ancestor.view(50, 8)
+    assert bool((ancestors // 8 == torch.arange(50)[:, None]).all())
+    often = steered.resampled.sum((0, 1))
+    distinct = torch.tensor([len(row.unique()) for row in ancestors])
+    assert bool((distinct[often == 0] == 8).all()) and bool((distinct[often > 0] < 8).all()) and bool((often > 0).any())
+    plain = steer(SMC(particles=8, replicates=1, twist="none"), gaussian(MU, V, PROCESS))
+    assert plain.ancestor.tolist() == list(range(8))
+
+
 @pytest.mark.parametrize("name", ["x1_hat", "x1_hat guided", "state"])
 def test_two_modes(name: str) -> None:
     predictor = GaussianMixturePredictor([0.8, 0.2], [[-1.5], [1.5]], [[[0.3]], [[0.2]]], PROCESS)

@@ -95,5 +95,6 @@ def test_without_a_twist_nothing_is_resampled() -> None:
     host = AdjointMatchingTask(PromptedNet(RectifiedFlow()), SumReward(), lam=3.0)
     host.predictor.network[2].weight.data += 2.0
     steered = sampler(SMC(particles=64, twist="none", proposal="tuned", resample_below=0.99))
-    steered.rollout(host, ["one"], stream="predict", number=0)
+    path = steered.rollout(host, ["one"], stream="predict", number=0, samples_per_condition=40)
+    assert steered.found[0]["ancestors"] == len(path.sample.unique()) < 40
     assert steered.found[0]["resampled"] == 0 and min(steered.found[0]["ess"]) < 0.99

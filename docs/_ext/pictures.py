@@ -4,8 +4,8 @@
     python docs/_ext/pictures.py cmcd_kl variances   some
 
 A loss's picture is its configuration under `configs/toy/` at its own seed, with this panel in place of its report:
-samples of the tuned model on contours of the exact tilt.  `variances` draws the variance of four targets over t, from
-closed forms.
+samples of the tuned model on contours of the exact tilt.  `variances` draws how far four targets lie from
+their mean over t, from closed forms.
 """
 
 import argparse
@@ -16,8 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from lightning_tilt import RectifiedFlow
@@ -26,8 +28,7 @@ from lightning_tilt.callbacks.density_picture import MASSES, mass_levels
 from lightning_tilt.callbacks.mixture_variances import mixture_variances
 from lightning_tilt.callbacks.pictures import EXACT, TUNED, tidy
 from lightning_tilt.callbacks.truth import truth_of
-from lightning_tilt.models import GaussianMixture
-from lightning_tilt.rewards import QuadraticReward
+from lightning_tilt.models import the_mixture
 
 __all__ = ["Panel", "draw_variances", "fit"]
 
@@ -65,34 +66,36 @@ class Panel(DensityPicture):
 
 
 def draw_variances(path: Path) -> None:
-    """Var(y | X_t) of four targets over t, on the mixture of configs/toy."""
-    mixture = GaussianMixture(
-        torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64),
-        torch.tensor([[-2.0, 0.0], [1.5, 1.5], [1.0, -2.0]], dtype=torch.float64),
-        torch.tensor(
-            [[[0.3, 0.1], [0.1, 0.4]], [[0.5, -0.2], [-0.2, 0.3]], [[0.2, 0.0], [0.0, 0.2]]], dtype=torch.float64
-        ),
-    )
-    reward = QuadraticReward(A=[[0.6, 0.2], [0.2, 0.5]], c=[-0.5, 1.0])
-    times = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
-    found = mixture_variances(mixture, reward, 1.0, RectifiedFlow(), times, outer=4096, inner=8)
-    figure = Figure(figsize=(6.4, 3.4), layout="constrained")
-    axis = figure.subplots()
+    """The law of |y - s*|^2 of four targets over t, on the mixture of configs/toy: mean, and median to 95 %."""
+    mixture, reward = the_mixture()
+    times = torch.linspace(-6, 6, 25, dtype=torch.float64).sigmoid()
+    found = mixture_variances(mixture, reward, 1.0, RectifiedFlow(), times)
+    figure = Figure(figsize=(9.0, 3.5), layout="constrained")
+    means, laws = figure.subplots(1, 2, sharex=True, sharey=True)
+    t = times.numpy()
     shown = (
         ("target", "target (TSM): $1/\\alpha^2$ at the noise", "#7f8c99", ":"),
         ("conditional", "conditional (CSM): $1/\\beta^2$ at the data", "#7f8c99", "--"),
-        ("novel", "novel (NSM), Adjoint Sampling", EXACT, "-"),
+        ("novel", "novel (NSM), Adjoint Sampling", EXACT, "-."),
         ("adjoint", "Adjoint Matching", TUNED, "-"),
     )
     for name, label, colour, line in shown:
-        variance, error = found[name]
-        axis.semilogy(times.numpy(), variance.numpy(), color=colour, ls=line, label=label)
-        low, high = (variance - 2 * error).clamp(min=1e-5), variance + 2 * error
-        axis.fill_between(times.numpy(), low.numpy(), high.numpy(), color=colour, alpha=0.2, lw=0)
-    axis.set_xlabel("t (0: noise, 1: data)")
-    axis.set_ylabel("E tr Cov(y | $X_t$)")
-    axis.legend(frameon=False, fontsize=8)
-    tidy(axis)
+        mean, se, median, q95 = (v.numpy() for v in found[name])
+        factor = np.exp(2 * se / mean)
+        means.plot(t, mean, color=colour, ls=line, lw=1.5, label=label)
+        means.fill_between(t, mean / factor, mean * factor, color=colour, alpha=0.3, lw=0)
+        laws.plot(t, median, color=colour, ls=line, lw=1.5)
+        if name in ("novel", "adjoint"):
+            hatch = "" if name == "novel" else "////"
+            laws.fill_between(t, median, q95, fc=(*to_rgb(colour), 0.18), ec=(*to_rgb(colour), 0.5), hatch=hatch, lw=0)
+    for axis, title in ((means, "mean, the variance, with two standard errors"), (laws, "median, band to 95 %")):
+        axis.set(xscale="logit", yscale="log", xlabel="t (0: noise, 1: data)")
+        axis.set_title(title, fontsize=10)
+        axis.set_xticks([0.01, 0.1, 0.5, 0.9, 0.99], ["0.01", "0.1", "0.5", "0.9", "0.99"])
+        axis.minorticks_off()
+        tidy(axis)
+    means.set_ylabel("|y - s*($X_t$)|²")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

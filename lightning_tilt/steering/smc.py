@@ -40,6 +40,7 @@ class Steered:
         resampled: which were resampled there, (K, C, replicates), bool; never at K.
         reward: r(X_K), (N,).
         index: the prompt of each particle, (N,), integer.
+        ancestor: which particle at k = 0 each descends from, (N,), integer; the fewer they are, the more are cousins.
     """
 
     end: Tensor
@@ -49,6 +50,7 @@ class Steered:
     resampled: Tensor
     reward: Tensor
     index: Tensor
+    ancestor: Tensor
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ class SMC(Cited):
         )  # fmt: skip
         x = chain.process.initial(noise[0])
         log_w = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+        ancestor = torch.arange(len(x), device=x.device)
         history: list[tuple[Tensor, Tensor]] = []
         stds = chain.stds
         with evaluating(predictor):
@@ -151,7 +154,7 @@ class SMC(Cited):
                     low = (fractions < self.resample_below) & (self.twist != "none")
                     history.append((fractions, low))
                     kept, log_w = self._resampled(log_w, low, uniforms[k])
-                    psi, mean, u = psi[kept], mean[kept], u[kept]
+                    psi, mean, u, ancestor = psi[kept], mean[kept], u[kept], ancestor[kept]
                 std, z = stds[k].to(x), noise[k + 1]
                 x = mean + std * (u + z)
                 log_w = log_w - psi - path_log_ratio(u, z).double()
@@ -163,7 +166,7 @@ class SMC(Cited):
         history.append((fractions, torch.zeros_like(fractions, dtype=torch.bool)))
         shape = (chain.steps, len(condition), self.replicates)
         seen, resampled = (torch.stack(part).view(shape) for part in zip(*history, strict=True))
-        return Steered(x, log_w, self._log_z(log_w), seen, resampled, r, index)
+        return Steered(x, log_w, self._log_z(log_w), seen, resampled, r, index, ancestor)
 
     @property
     def _size(self) -> int:
