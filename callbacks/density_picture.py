@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .diagnostic import Diagnostic
-from .pictures import BASE, EXACT, TUNED, tidy
+from .pictures import BASE, EXACT, HISTOGRAMS, TUNED, tidy
 from .truth import Truth, truth_of
 
 __all__ = ["DensityPicture", "mass_levels"]
@@ -163,15 +163,12 @@ def _histograms(axis: Axes, values: dict[str, Tensor], label: str, tails: bool =
         right = [f"{name} {float((values[name] > high).float().mean()):.0%}" for name, _ in COLOURS]
         axis.set_title("to the right of this: " + ", ".join(right), fontsize=9)
     bins = torch.linspace(low, high if high > low else low + 1, 61).tolist()
-    for name, colour in COLOURS:
+    for name, _ in COLOURS:
         inside = values[name].float()
         weights = torch.full_like(inside, 1 / (len(inside) * (bins[1] - bins[0])))  # those outside count as well
-        axis.hist(inside.numpy(), bins, weights=weights.numpy(), color=colour, alpha=0.45, label=name)
+        axis.hist(inside.numpy(), bins, weights=weights.numpy(), label=name, **HISTOGRAMS[name])
     if "exact" in values:
-        axis.hist(
-            values["exact"].float().numpy(), bins, density=True, histtype="step", color=EXACT, lw=1.6,
-            label="reference",
-        )  # fmt: skip
+        axis.hist(values["exact"].float().numpy(), bins, density=True, label="reference", **HISTOGRAMS["exact"])
     axis.set_xlabel(label)
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)

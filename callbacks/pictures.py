@@ -14,10 +14,20 @@ from torch import Tensor
 
 from ..loggers import read_metrics
 
-__all__ = ["BASE", "EXACT", "TUNED", "before_after", "curves", "image_grid", "reward_histogram", "tidy"]
+__all__ = [
+    "BASE", "EXACT", "HISTOGRAMS", "TUNED", "before_after", "curves", "image_grid", "reward_histogram",
+    "reward_histograms", "tidy",
+]  # fmt: skip
 
 BASE, TUNED, EXACT = "#7f8c99", "#c8553d", "#2b6777"
 """Colours of base, tuned model and exact tilt in all pictures."""
+
+HISTOGRAMS: dict[str, dict[str, Any]] = {
+    "base": {"histtype": "stepfilled", "color": BASE, "alpha": 0.45},
+    "tuned": {"histtype": "stepfilled", "facecolor": "none", "edgecolor": TUNED, "hatch": "////", "lw": 1.4},
+    "exact": {"histtype": "step", "color": EXACT, "lw": 2.0},
+}
+"""How histograms on one axis are drawn: full, hatched and a thick line, which are told apart without colour as well."""
 
 
 def before_after(
@@ -86,32 +96,36 @@ def reward_histogram(path: str | Path, base: Sequence[Tensor], tuned: Sequence[T
         tuned: the same of tuned samples.
         lam: multiplier of the tilt.
     """
-    rewards = torch.cat(list(base))
-    weights = torch.cat([torch.softmax(lam * r, 0) for r in base]) / len(base)
-    everything = torch.cat([rewards, *tuned])
+    everything = torch.cat([*base, *tuned])
     low, high = torch.quantile(everything[:100_000], torch.tensor([0.002, 0.998], dtype=everything.dtype)).tolist()
     if low == high:  # a constant reward
         low, high = low - 0.5, high + 0.5
-    bins = torch.linspace(low, high, 41).tolist()
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    axis.hist(rewards.numpy(), bins, density=True, color=BASE, alpha=0.45, label="base")
-    axis.hist(torch.cat(list(tuned)).numpy(), bins, density=True, color=TUNED, alpha=0.45, label="tuned")
-    axis.hist(
-        rewards.numpy(),
-        bins,
-        weights=weights.numpy(),
-        density=True,
-        histtype="step",
-        color=EXACT,
-        lw=1.8,
-        label="exact tilt (base, reweighted)",
-    )
+    reward_histograms(axis, base, tuned, lam, torch.linspace(low, high, 41))
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+    figure.savefig(path, dpi=150)
+
+
+def reward_histograms(axis: Axes, base: Sequence[Tensor], tuned: Sequence[Tensor], lam: float, edges: Tensor) -> None:
+    """Draw the three histograms of `reward_histogram` on an axis of your own.
+
+    Args:
+        axis: where to draw.
+        base: for each prompt the rewards of base samples, (n,).
+        tuned: the same of tuned samples.
+        lam: multiplier of the tilt.
+        edges: of the bins, (bins + 1,).
+    """
+    rewards, bins = torch.cat(list(base)).numpy(), edges.tolist()
+    weights = torch.cat([torch.softmax(lam * r, 0) for r in base]).numpy()
+    axis.hist(rewards, bins, density=True, label="base", **HISTOGRAMS["base"])
+    axis.hist(torch.cat(list(tuned)).numpy(), bins, density=True, label="tuned", **HISTOGRAMS["tuned"])
+    exact = HISTOGRAMS["exact"] | {"label": "exact tilt (base, reweighted)"}
+    axis.hist(rewards, bins, weights=weights, density=True, **exact)
     axis.set_xlabel("reward")
     axis.set_ylabel("density")
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
     tidy(axis)
-    figure.savefig(path, dpi=150)
 
 
 def curves(path: str | Path | IO[bytes], metrics: str | Path, report: dict[str, Any]) -> bool:

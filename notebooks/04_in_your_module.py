@@ -210,12 +210,13 @@ for name in ("val/reward", "val/flow_loss"):
 # 8000 base samples of the same chain, weighted by $e^{\lambda r}$, say where the exact tilt is; the tuned paths have
 # weights of their own, and both ways lead to one $\log Z$. The value network is checked on fresh paths: of the
 # variance of a path's reward it can explain nothing at $t = 0$, since the chain is memoryless, and nearly all at $t =
-# 1$.
+# 1$. At $t = 0$ the best is a constant, and 0. This one is below 0, so worse than a constant: each update shows it 128
+# rewards and as many starting points that have nothing to do with them, and it has read something into those.
 
 
 # %%
 @torch.no_grad()
-def look(n, base):
+def look(n, base, sampler=sampler):
     """A rollout of n paths, and their log weights."""
     path = sampler.rollout(module, torch.zeros(n), stream="report", number=0, base=base)
     chain = sampler.chain(module, count=False)
@@ -242,11 +243,49 @@ with torch.no_grad():
     )
 explained = 1 - (value - tuned.reward).pow(2).mean(1) / tuned.reward.var()
 print(f"variance explained by the value network: {explained[0]:.2f} at t = 0, {explained[-1]:.2f} at t = 1")
+print(f"at t = 0 it spreads by {value[0].std():.3f} (rewards by {tuned.reward.std():.3f}) where a constant were best")
 
 assert abs(log_z[0].mean - log_z[1].mean) < 4 * (log_z[0].se ** 2 + log_z[1].se ** 2) ** 0.5
 assert 0.85 < way < 1.1
 assert log_z[1].ess > max(0.8, log_z[0].ess)
-assert explained[0] < 0.1 and explained[-1] > 0.9
+assert abs(explained[0]) < 0.25 and explained[-1] > 0.9
+
+# %% [markdown]
+# Nearly. The reward has stood still since update 30 and stays below the exact one. A step of the tuned chain moves its
+# mean but keeps the base's noise, while the exactly tilted step has less of it: with few steps even the best control is
+# a little off. If that is what is missing, more updates do not help and smaller steps do. So the module is trained on,
+# first on the same chain, then on one of 50 steps.
+#
+# What is missing is small, and two independent samples would hide it in their errors. The tuned paths say it
+# themselves: with their path weights they give the exact mean, and the error of the difference to their plain mean is
+# a fifth of that.
+
+
+# %%
+def missing(path, log_w):
+    """E*[r] - E_theta[r] from tuned paths alone, with the standard error of this difference."""
+    r, w = path.reward.double(), len(log_w) * torch.softmax(log_w.double(), 0)
+    return (w * r).mean() - r.mean(), (w * (r - (w * r).mean()) - (r - r.mean())).std() / len(r) ** 0.5
+
+
+def train_on(steps):
+    """Forty updates more, on a chain of so many steps, and what is missing then."""
+    sampler = TrajectorySampler(steps=steps, samples_per_condition=1)
+    trainer([sampler], 40).fit(module, loader(40, 128))
+    return missing(*look(16_000, False, sampler))
+
+
+gaps = {"25 steps": missing(*look(16_000, False)), "25 steps, trained on": train_on(25), "50 steps": train_on(50)}
+for name, (gap, se) in gaps.items():
+    print(f"{name:20s} {gap:.4f} +- {se:.4f} of reward are missing")
+(first, _), (more, se_more), (finer, se_finer) = gaps.values()
+assert more > 4 * se_more and more > 0.6 * first  # the tilt was not reached, and updates are not what it lacked
+assert more - finer > 3 * (se_more**2 + se_finer**2) ** 0.5  # small steps are
+
+# %% [markdown]
+# So the last few per cent are mostly the chain's: half the step leaves clearly less to be missed, and more updates of
+# the old chain do not. (The errors are those of the samples; a run repeated with other draws ends a few thousandths
+# elsewhere.)
 
 # %%
 figure = Figure(figsize=(10, 2.7), layout="constrained")
