@@ -137,3 +137,15 @@ def test_old_names_warn_and_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert reward("Warmth", strength=3.0).scale == 3.0
     with pytest.warns(FutureWarning, match="`Warm` is called `Warmth` since 0.2"):
         assert reward("Warm", scale=4.0).scale == 4.0
+
+
+def test_the_linter_says_the_same_where_there_has_been_a_run(tmp_path: Path) -> None:
+    """`tests/faults/runs.py` shares its name with the folder that runs go to."""
+    ruff = Path(sys.executable).with_name("ruff")
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    for name in ("runs", "tests/faults", "lightning_tilt"):
+        (tmp_path / name).mkdir(parents=True)
+    for file in (ROOT / "tests/faults").glob("*.py"):
+        (tmp_path / "tests/faults" / file.name).write_bytes(file.read_bytes())
+    done = subprocess.run([ruff, "check", "--no-cache"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
