@@ -11,6 +11,8 @@
 # every loss of this package can be watched on its way to it.
 
 # %%
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,10 +21,10 @@ import torch
 from _common import show, trainer
 from matplotlib.figure import Figure
 
-from lightning_tilt import DDIM, ExactGaussian, TrajectorySampler, tasks
+from lightning_tilt import DDIM, ExactGaussian, Predictor, TrajectorySampler, tasks
 from lightning_tilt.callbacks.diagnostic import undisturbed
 from lightning_tilt.data import DrawsDataModule
-from lightning_tilt.identities import expectation, log_partition
+from lightning_tilt.identities import expectation, log_partition, mean
 from lightning_tilt.metrics import noise_floor, squared_sliced_wasserstein2
 from lightning_tilt.models import (
     GaussianBase,
@@ -51,11 +53,11 @@ found = log_partition(log_w)
 means = [expectation(x[:, i], log_w) for i in range(2)]
 truth = tilted.weights @ tilted.means
 print(f"log Z  reweighted {found.mean:.4f} +- {found.se:.4f}    closed form {float(log_z):.4f}")
-for name, mean, exact in zip(("E*[x_1]", "E*[x_2]"), means, truth.tolist(), strict=True):
-    print(f"{name}  reweighted {mean.mean:.4f} +- {mean.se:.4f}    closed form {exact:.4f}")
+for name, weighted, exact in zip(("E*[x_1]", "E*[x_2]"), means, truth.tolist(), strict=True):
+    print(f"{name}  reweighted {weighted.mean:.4f} +- {weighted.se:.4f}    closed form {exact:.4f}")
 print(f"ESS {found.ess:.2f}: of 20,000 base samples, the weights leave {found.ess * 20_000:.0f}")
 assert abs(found.mean - float(log_z)) < 4 * found.se
-assert all(abs(mean.mean - exact) < 4 * mean.se for mean, exact in zip(means, truth.tolist(), strict=True))
+assert all(abs(found.mean - exact) < 4 * found.se for found, exact in zip(means, truth.tolist(), strict=True))
 
 # %%
 axis_values = torch.linspace(-4, 4, 161, dtype=torch.float64)
@@ -98,9 +100,6 @@ show(figure, "01_truth")
 # The runs are short: a few seconds each, a chain of 20 steps where the configs of `configs/toy/` have 40 to 100. They
 # show that the losses move to one target, and roughly what that costs. They do not rank losses that end close to each
 # other; `benchmarks/losses.py` trains all of them to the end.
-#
-# A chain of 20 memoryless steps that keeps the base's noise is not exact. How near it can come is what its own base,
-# reweighted, says first: so near that the chain is not what these runs are short of.
 
 
 # %%
@@ -119,7 +118,7 @@ class Method:
 
 
 PATHS, ENDS, ODES, TRANSPORTS = (
-    "whole paths", "noised end points, path weights", "end points of an ODE", "a transport or a Gaussian base",
+    "whole paths", "noised end points of paths", "end points of an ODE", "a transport or a Gaussian base",
 )  # fmt: skip
 whole = {"checkpoint": False}
 ends = {"noisings": 8, "time_sampling": "importance", "t_min": 0.01, "t_max": 0.99}
@@ -174,17 +173,30 @@ METHODS = {
 assert {method.task.__name__ for method in METHODS.values()} == set(tasks.__all__)  # no loss is left out
 
 # %%
-SAMPLES = 4000
+SAMPLES, LOOKS = 4000, 6
 reference = tilted.sample(4 * SAMPLES, torch.Generator().manual_seed(1)).float()
 floor = noise_floor(squared_sliced_wasserstein2, reference, SAMPLES, repeats=10).mean
 
 
+def modes(x: torch.Tensor) -> torch.Tensor:
+    """Which mode of the tilt each sample is nearest to, (n,): they lie six standard deviations apart."""
+    return torch.cdist(x.double(), tilted.means).argmin(1)
+
+
+def parts(x: torch.Tensor) -> torch.Tensor:
+    """The part of the samples that is in each mode, (3,)."""
+    return torch.bincount(modes(x), minlength=3).double() / len(x)
+
+
+truly = parts(reference)
+
+
 class Accuracy(L.Callback):
-    """The distance to the truth at a few moments of a run, and the network evaluations spent until then."""
+    """Samples at a few moments of a run, their accuracy, and the network evaluations spent until then."""
 
     def __init__(self, sampler: TrajectorySampler, updates: int) -> None:
-        self.sampler, self.moments = sampler, [updates // 6, updates // 3, updates]
-        self.evaluations, self.distance = [], []
+        self.sampler, self.moments = sampler, [updates * i // LOOKS for i in range(1, LOOKS + 1)]
+        self.evaluations, self.ends, self.distance = [], [], []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
         self.look(pl_module)
@@ -200,12 +212,26 @@ class Accuracy(L.Callback):
     def look(self, host: Any) -> None:
         self.evaluations.append(self.sampler.evaluations.network)
         with undisturbed(host):
-            path = self.sampler.rollout(host, torch.zeros(SAMPLES), stream="report", number=0, samples_per_condition=1)
-        self.distance.append(float(squared_sliced_wasserstein2(path.end, reference[:SAMPLES])))
+            x = self.sampler.rollout(host, torch.zeros(SAMPLES), stream="report", number=0, samples_per_condition=1).end
+        self.ends.append(x)
+        self.distance.append(float(squared_sliced_wasserstein2(x, reference[:SAMPLES])))
+
+    def of(self, distance: float) -> float:
+        return 1 - (distance - floor) / (self.distance[0] - floor)
 
     @property
     def accuracy(self) -> list[float]:
-        return [1 - (w - floor) / (self.distance[0] - floor) for w in self.distance]
+        return [self.of(distance) for distance in self.distance]
+
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        return [parts(x) for x in self.ends]
+
+    def mended(self, look: int) -> float:
+        """Accuracy when each mode is given its exact weight: of the modes' places and shapes alone."""
+        x = self.ends[look]
+        p = (truly / parts(x))[modes(x)].float()
+        return self.of(float(squared_sliced_wasserstein2(x, reference[:SAMPLES], p=p)))
 
 
 def network(kind: str) -> torch.nn.Module:
@@ -234,22 +260,47 @@ def run(method: Method) -> Accuracy:
     return accuracy
 
 
-chain = TrajectorySampler(steps=20, samples_per_condition=1)
-untrained = tasks.AdjointMatchingTask(predictor=network("tilt"), reward=reward)
-path = chain.rollout(untrained, torch.zeros(20_000), stream="report", number=0, base=True)
-start, best = (
-    float(squared_sliced_wasserstein2(path.end, reference[:SAMPLES], p=weights))
-    for weights in (None, torch.softmax(LAM * path.reward, 0))
-)
-ceiling = 1 - (best - floor) / (start - floor)
-print(f"best of 20 memoryless steps: accuracy {ceiling:.2f}")
-assert ceiling > 0.95
+# %% [markdown]
+# A chain of 20 steps that keeps the base's noise is not exact: the best that training could find still misses the tilt
+# a little. How much? The control is known in closed form here, so the exact tilt's own prediction runs through the same
+# chain, from the same noise, and is given its accuracy: the ceiling of 20 steps. (With more steps it goes to 1. It is
+# the control of continuous time; one that was fitted to the 20 steps could be a little better.)
+
+
+# %%
+class ExactTilt(GaussianMixturePredictor):
+    """The prediction of the exact tilt; its base is the mixture."""
+
+    @contextmanager
+    def base(self) -> Iterator[Predictor]:
+        yield GaussianMixturePredictor.of(mixture)
+
+
+def ceiling(steps: int, draws: int, **sampler: Any) -> Any:
+    """Accuracy of the exact control in a chain: the mean of a few draws."""
+    chain = TrajectorySampler(steps=steps, samples_per_condition=1, **sampler)
+    hosts = [tasks.AdjointMatchingTask(predictor=p, reward=reward) for p in (network("tilt"), ExactTilt.of(tilted))]
+    found = []
+    for number, truth in enumerate(reference.split(SAMPLES)[:draws]):
+        ends = [chain.rollout(host, torch.zeros(SAMPLES), stream="report", number=number).end for host in hosts]
+        start, best = (float(squared_sliced_wasserstein2(end, truth)) for end in ends)
+        found.append(1 - (best - floor) / (start - floor))
+    return mean(torch.tensor(found, dtype=torch.float64))
+
+
+CEILINGS = {}
+for family, name, kernel in ((PATHS, "memoryless steps", {}), (ODES, "steps of an ODE", ode)):
+    CEILINGS[family], long = ceiling(20, 4, **kernel), ceiling(100, 2, **kernel)
+    short = CEILINGS[family]
+    print(f"exact control, {name:17s} 20: {short.mean:.2f} +- {short.se:.2f}    100: {long.mean:.2f}")
+    assert 0.85 < short.mean < 1.02 and abs(long.mean - 1) < 0.04
+CEILINGS[ENDS] = CEILINGS[PATHS]
 
 # %%
 RUNS = {name: run(method) for name, method in METHODS.items()}
 for name, found in RUNS.items():
-    accuracy = "  ".join(f"{a:5.2f}" for a in found.accuracy[1:])
-    print(f"{name:30s} {found.evaluations[-1] / 1e6:4.2f} M evaluations   accuracy on the way: {accuracy}")
+    accuracy = " ".join(f"{a:5.2f}" for a in found.accuracy[1:])
+    print(f"{name:30s} {found.evaluations[-1] / 1e6:4.2f} M   accuracy on the way {accuracy}")
 
 # %%
 LINES = [("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "v"), ("--", "P"), ("-.", "X")]
@@ -262,8 +313,10 @@ for axis, family in zip(axes, (PATHS, ENDS, ODES, TRANSPORTS), strict=True):
     mine = [name for name, method in METHODS.items() if method.family == family]
     for name, (line, marker), colour in zip(mine, LINES, SHADES, strict=False):
         spent = [e / 1e6 for e in RUNS[name].evaluations]
-        axis.plot(spent, RUNS[name].accuracy, line, marker=marker, ms=5, lw=1.5, color=colour, label=name, zorder=2)
+        axis.plot(spent, RUNS[name].accuracy, line, marker=marker, ms=4, lw=1.5, color=colour, label=name, zorder=2)
     axis.axhline(1, color="0.4", lw=0.8)
+    if family in CEILINGS:
+        axis.axhline(CEILINGS[family].mean, color="0.4", lw=0.8, ls=(0, (6, 4)))
     axis.set_title(family, fontsize=10)
     axis.set_ylim(-0.3, 1.12)
     axis.spines[["top", "right"]].set_visible(False)
@@ -275,10 +328,76 @@ for axis in figure.axes[::2]:
 show(figure, "01_losses")
 
 # %% [markdown]
-# All of them leave the base towards the same law, and most are most of the way there within half a million
-# evaluations. In runs as short as these the order of the curves is largely learning rate and noise: 4000 samples
-# alone scatter an accuracy of .8 by about .05, and a curve that bends down has steps too large for the noise of its
-# target. The README's table of long runs is the place to compare, and `benchmarks/losses.py` what makes it.
+# (Broken lines: the exact control in the same chain of 20 steps.) All of them leave the base towards the same law, and
+# most are most of the way there within half a million evaluations. 4000 samples alone scatter an accuracy of .8 by
+# about .05, and the order of the curves is largely learning rate and noise. The README's table of long runs is the
+# place to compare, and `benchmarks/losses.py` what makes it.
+#
+# ## What is missing, and why curves bend down
+#
+# Some curves fall: Efficient Adjoint Matching from .8 to .1 and back to .4. The learning rate does not tell why; it
+# only goes down. The modes do. The tilt moves each mode a little, and it moves weight from the mode at the bottom right
+# (.2 of the base, .11 of the tilt) to the left one (.3 and .39). So the samples are sorted by mode, and each mode is
+# given its exact weight: the accuracy of what is left is that of the modes' places and shapes alone.
+
+# %%
+SORTED = {name: (found.mended(2), found.mended(-1)) for name, found in RUNS.items()}
+print("accuracy of places and shapes, after a third of the run and at the end, and the weights of the modes at the end")
+for name, found in RUNS.items():
+    weights = " ".join(f"{part:.2f}" for part in found.parts[-1])
+    print(f"{name:30s} {SORTED[name][0]:5.2f} {SORTED[name][1]:5.2f}   {weights}")
+print(f"{'exact':42s}   {' '.join(f'{part:.2f}' for part in truly)}")
+print("\nplace of the left mode, and the sum of its two variances")
+for name in ("TargetScoreMatching", "TiltMatching", "AdjointSampling", "Reinforce"):
+    x = RUNS[name].ends[-1]
+    x = x[modes(x) == 0]
+    print(f"{name:30s} ({x[:, 0].mean():.2f}, {x[:, 1].mean():.2f})   {x.var(0).sum():.2f}")
+place, spread = tilted.means[0].tolist(), float(tilted.covariances[0].trace())
+print(f"{'exact':30s} ({place[0]:.2f}, {place[1]:.2f})   {spread:.2f}")
+
+# %%
+figure = Figure(figsize=(10, 4.6), layout="constrained")
+left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+shown = ["EfficientAdjointMatching", "NovelScoreMatching", "MixedScoreMatching", "AdjointMatching", "LogVariance"]
+for name, (line, marker), colour in zip(shown, LINES, SHADES, strict=False):
+    spent = [e / 1e6 for e in RUNS[name].evaluations]
+    left.plot(spent, [p[0] for p in RUNS[name].parts], line, marker=marker, ms=4, lw=1.5, color=colour, label=name)
+for weight, text in ((mixture.weights[0], "base"), (truly[0], "exact tilt")):
+    left.axhline(float(weight), color="0.4", lw=0.8)
+    left.text(1.0, float(weight) + 0.002, text, ha="right", fontsize=8)
+left.set_xlabel("network evaluations, millions")
+left.set_ylabel("weight of the left mode")
+left.set_ylim(0.19, 0.41)
+left.legend(frameon=False, fontsize=8, loc="lower right")
+for y, (name, found) in enumerate(reversed(RUNS.items())):
+    plain, mended = found.accuracy[-1], SORTED[name][1]
+    right.plot([plain, mended], [y, y], color="0.7", lw=1, zorder=1)
+    right.scatter(plain, y, s=26, color="#1b1b1b", zorder=2, label="as it is" if y == 0 else None)
+    right.scatter(
+        mended, y, s=30, facecolor="white", edgecolor="#c8553d", lw=1.4, zorder=3,
+        label="every mode with its exact weight" if y == 0 else None,
+    )  # fmt: skip
+right.set_yticks(range(len(RUNS)), list(RUNS)[::-1], fontsize=8)
+right.axvline(1, color="0.4", lw=0.8)
+right.set_xlabel("accuracy at the end")
+right.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=2)
+for axis in (left, right):
+    axis.spines[["top", "right"]].set_visible(False)
+show(figure, "01_modes")
+
+# %% [markdown]
+# Of nearly all losses the modes stand where they should after a third of the run, and what is missing at the end are
+# weights of modes. While modes move, their weights go astray, and where nothing in the loss compares one mode with
+# another they come back slowly. That is so in Efficient Adjoint Matching and in novel and mixed score matching: they
+# see the reward's gradient at each end point, never its value, and a regression at a noised state learns of another
+# mode only where the noise is strong enough to reach it. A high point of such a curve is a moment on the way, not a
+# better model, and more updates of the same kind help little. Path weights do (conditional and target score matching
+# have them here), or a loss that looks at whole paths, or one that compares rewards. That is what "slow in the weights
+# of modes" means in this package's pages. NETS, after its hundred updates, is short of them as well.
+#
+# Three are short of something else. Adjoint Sampling starts from one broad Gaussian and has to make three modes of it:
+# they are still too wide. Those of Tilt Matching are too narrow, and Target Score Matching's left one is not yet where
+# it belongs.
 #
 # What a curve cannot show is what a loss asks for. Half of these never see a gradient of the reward.
 
@@ -287,6 +406,15 @@ final = {name: found.accuracy[-1] for name, found in RUNS.items()}
 blind = [name for name, method in METHODS.items() if not method.task.needs_reward_gradient]
 print("without a gradient of the reward:", ", ".join(f"{name} {final[name]:.2f}" for name in blind))
 assert 2 * len(blind) == len(METHODS)
-assert all(final[name] > 0.7 for name, method in METHODS.items() if method.family == PATHS)
-assert all(final[name] > 0.6 for name in blind)
-assert all(accuracy > 0.3 for accuracy in final.values())
+LEAST = {
+    "NovelScoreMatching": 0.35, "MixedScoreMatching": 0.3, "EfficientAdjointMatching": 0.05, "NETS": 0.3,
+    "ConditionalScoreMatching": 0.6, "TargetScoreMatching": 0.6, "ReinforceAdjointMatching": 0.65,
+    "ExactReinforceAdjointMatching": 0.6, "TiltMatching": 0.55, "AdjointSampling": 0.55, "CMCD": 0.65,
+}  # fmt: skip
+for name in METHODS:  # each within the scatter of its own end, which weights of modes make
+    assert final[name] > LEAST.get(name, 0.7), (name, final[name])
+places = set(METHODS) - {"AdjointSampling", "TargetScoreMatching", "TiltMatching"}
+assert all(min(SORTED[name]) > 0.9 for name in places)
+assert all(end > 0.6 for _, end in SORTED.values())
+slow = ["EfficientAdjointMatching", "NovelScoreMatching", "MixedScoreMatching"]
+assert all(RUNS[name].parts[-1][0] < 0.35 and RUNS[name].parts[-1][2] > 0.13 for name in slow)  # exact: .39 and .11
