@@ -110,10 +110,11 @@ def test_commands_from_an_empty_folder(built: Built, tmp_path: Path) -> None:
         str(path) for path in files("configs") if path.suffix != ".txt"
     )
     assert list(tmp_path.iterdir()) == []
-    copied = run(built.python.parent / "lightning-tilt", "configs", DEMO, "there", cwd=tmp_path).split()
-    assert DEMO in copied and len(copied) >= 3
-    for name in {name for name in copied if name.startswith("configs/")}:
-        assert (tmp_path / "there" / name).read_bytes() == (ROOT / name).read_bytes(), name
+    run(built.python.parent / "lightning-tilt", "configs", DEMO, "there", cwd=tmp_path)
+    copied = [path.relative_to(tmp_path / "there") for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(copied) == 3 and Path(DEMO) in copied  # and its prompts
+    for path in copied:
+        assert (tmp_path / "there" / path).read_bytes() == (ROOT / path).read_bytes(), path
 
 
 def test_the_demo_from_an_empty_folder(built: Built, tmp_path: Path) -> None:
