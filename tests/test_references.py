@@ -205,16 +205,16 @@ class Warmth(Ink):
 @pytest.mark.parametrize(
     "named",
     [
-        {"reward": "my_warmth.Warmth"},
-        {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": ["Ink", "my_warmth.Warmth"]}}},
-        {"predictor": "my_warmth.Warmth", "reward": "not_here.Cold"},
+        {"reward": "cited_warmth.Warmth"},
+        {"reward": {"class_path": "WeightedSum", "init_args": {"rewards": ["Ink", "cited_warmth.Warmth"]}}},
+        {"predictor": "cited_warmth.Warmth", "reward": "not_here.Cold"},
     ],
 )
 def test_ones_own_class_by_its_path_alone(
     named: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_warmth.py").write_text(OWN)
-    monkeypatch.delitem(sys.modules, "my_warmth", raising=False)
+    (tmp_path / "cited_warmth.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "cited_warmth", raising=False)
     arguments = {"optimizer": "torch.optim.AdamW", "note": "Not.Here"} | named
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"init_args": arguments}}))
     run = tilt("cite", "config.yaml", cwd=tmp_path)
