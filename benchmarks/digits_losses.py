@@ -34,7 +34,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "log_variance": ("LogVarianceTask", PATHS, EIGHT, 2e-3),
     "relative_entropy": ("RelativeEntropyTask", {"loss_micro_batch": 24}, {}, 2e-3),
     "draft_3": ("RelativeEntropyTask", {"loss_micro_batch": 24, "last_steps": 3}, {}, 2e-3),
-    "grpo": ("GRPOTask", PATHS, EIGHT, 2e-3),
+    "grpo": ("GRPOTask", PATHS, EIGHT | {"rollout_every": 2}, 2e-3),
     "reinforce": ("ReinforceTask", PATHS, EIGHT, 2e-3),
     "reinforce_adjoint_matching": ("ReinforceAdjointMatchingTask", MICRO | {"noisings": 4}, ODE | EIGHT, 1e-3),
     "tilt_matching": (
