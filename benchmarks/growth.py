@@ -12,11 +12,15 @@ from typing import Any
 
 from lightning import Callback
 from results import markdown, parser, publish
-from short_fits import DEMO, Bytes, CpuClock, fit
+from short_fits import DEMO, ROOT, Bytes, CpuClock, fit
 
+from lightning_tilt.data import read_prompts
 from lightning_tilt.interfaces import find_sampler
 
 __all__ = ["WriteOut", "main", "measure", "processes"]
+
+PROMPTS = read_prompts(ROOT / "configs/digits/prompts.txt")[:8]
+"""As many as make whole batches of every size, so that an update is never of fewer samples."""
 
 
 class WriteOut(Callback):
@@ -34,7 +38,8 @@ class WriteOut(Callback):
 def flags(steps: int, samples: int, updates: int) -> list[str]:
     """Of the demo, with four samples a prompt, and micro-batches that do not grow."""
     return [
-        "--sampler.steps", str(steps), "--data.batch_size", str(samples // 4), "--sampler.rollout_micro_batch", "8",
+        "--sampler.steps", str(steps), "--data.prompts", json.dumps(PROMPTS), "--data.batch_size", str(samples // 4),
+        "--sampler.rollout_micro_batch", "8",
         "--model.adjoint_micro_batch", "8", "--model.loss_micro_batch", "8", "--trainer.max_steps", str(updates),
         "--model.checkpoint", "true", "--sampler.reward_micro_batch", "8",
     ]  # fmt: skip
@@ -44,7 +49,9 @@ def measure(steps: int, samples: int, updates: int) -> tuple[float, float, float
     """CPU seconds and forwards of an update, and the bytes that it makes."""
     clock, size = CpuClock(), Bytes(updates + 2)
     cli = fit(DEMO, [clock, size], flags(steps, samples, updates + 2))
-    forwards = find_sampler(cli.model).evaluations.network / (updates + 2)
+    counted = find_sampler(cli.model).evaluations
+    assert counted.pairs == (updates + 2) * samples * (steps - 1), "a batch was not whole"
+    forwards = counted.network / (updates + 2)
     return sum(clock.seconds[1:-1]) / updates, forwards, float(size.peak)
 
 
