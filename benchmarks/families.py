@@ -28,7 +28,7 @@ def row(name: str, report: dict[str, Any], first: dict[str, Any]) -> list[str]:
     first_network = before["forward"] + before["vjp"] + before["backward"]
     return [
         name, FAMILIES[name], f"{report['updates']}", f"{counted['pairs'] / before['pairs']:.2f}",
-        f"{network / first_network:.2f}", f"{counted['forwards_per_pair']:.1f}", f"{report['cpu'] / first['cpu']:.2f}",
+        f"{network / first_network:.2f}", f"{counted['forwards_per_pair']:.1f}",
         "-" if ess is None else f"{ess:.3f}", f"{w2['value']:.3f} ({w2['floor']:.3f})", f"{report['way']:.0%}",
     ]  # fmt: skip
 
@@ -48,11 +48,10 @@ def main() -> None:
         print(" | ".join(rows[-1]), flush=True)
     text = (
         "The two-dimensional mixture, whose tilt is known in closed form, by configs of `configs/toy` as they are. "
-        "Pairs, forwards and CPU seconds (the whole command, its report included) are in those of the first line. "
-        "ESS is that of the path weights; an ODE's samples have none. In brackets the floor of sliced W2: truth "
-        "against truth at the same number of samples."
+        "Pairs and forwards are in those of the first line. ESS is that of the path weights; an ODE's samples have "
+        "none. In brackets the floor of sliced W2: truth against truth at the same number of samples."
     )
-    header = ["loss", "looks at", "updates", "pairs", "forwards", "forwards a pair", "CPU s", "ESS", "sliced W2", "way"]
+    header = ["loss", "looks at", "updates", "pairs", "forwards", "forwards a pair", "ESS", "sliced W2", "way"]
     publish("families", "Paths and end points side by side", [text, markdown(header, rows)], args)
 
 

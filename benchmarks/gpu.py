@@ -1,22 +1,26 @@
-"""Seconds an update, forwards a second, share of the peak, and memory, at real size with random weights on a GPU.
+"""Seconds an update, TFLOP/s, and memory, at real size with random weights on a GPU.
 
     python benchmarks/gpu.py [--cases sd15 sd3 sd3_1024] [--tuning lora full] [--compile off default]
 
-Adjoint Matching towards `Ink` (whose cost is nothing), bfloat16, gradient checkpointing, micro-batches of four; the
-first update warms up and compiles.  The share of the peak counts every forward, product with a vector, backward and
-recomputation of the denoiser, and no decoding.  The table goes into benchmarks/RESULTS.md.
+Adjoint Matching towards `Ink`, whose own cost is nothing beside the VAE's decoder, which its images and their gradient
+ask for; bfloat16, gradient checkpointing, micro-batches of four; the first update warms up and compiles.  TFLOP count
+every forward, product with a vector and backward of the denoiser, and no decoding; the share of the card's peak counts
+what is recomputed too.  Each row is measured in a process of its own and written when it is there.
 """
 
 import argparse
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from full_size import forward_flops
 from lightning import Callback
 from random_weights import FullSizeRun
-from results import FILE, markdown, write_section
+from results import FILE, markdown, publish
 
 __all__ = ["CASES", "main"]
 
@@ -25,8 +29,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd3": ("stabilityai/stable-diffusion-3-medium-diffusers", {"height": 512, "width": 512}),
     "sd3_1024": ("stabilityai/stable-diffusion-3-medium-diffusers", {"height": 1024, "width": 1024}),
 }
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
-"""Dense bfloat16, by a part of the card's name."""
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0,
+}  # fmt: skip
+"""Dense bfloat16, by a part of the card's name; the first that fits."""
+HEADER = [
+    "model", "trained", "compile", "s an update", "least", "most", "the first", "forwards/s", "TFLOP/s",
+    "of peak, recomputed too", "GB", "GB estimated",
+]  # fmt: skip
 
 
 class _Clock(Callback):
@@ -52,30 +62,39 @@ class _Clock(Callback):
 
 def _measure(name: str, path: str, options: dict[str, Any], args: argparse.Namespace) -> list[str]:
     """One row of the table."""
-    cuda = args.device == "cuda"
-    full = options["tuning"] == "full"
+    cuda, full = args.device == "cuda", options["tuning"] == "full"
+    begin = [name, "all weights" if full else "adapters", options["compile"]]
+    torch.manual_seed(0)
     run = FullSizeRun(
         path, args.device, steps=args.steps, samples=args.samples, micro_batch=min(4, args.samples),
         precision="bf16-mixed" if full else "32-true", guidance=args.guidance, dtype="bfloat16",
         gradient_checkpointing=True, **options,
     )  # fmt: skip
     found, clock = run.estimate(), _Clock(cuda)
+    foretold = f"{(found.peak() - (10**9 if cuda else 0)) / 1e9:.2f}"
     flops = forward_flops(found.settings)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    run.fit(args.updates + 1, clock)
-    seconds = sum(clock.seconds[1:]) / args.updates
-    evaluations = found.forwards["total"]
-    rate = (evaluations + found.forwards["recomputed"]) * flops / seconds / 1e12
-    peak = args.peak_tflops or next(
-        (v for k, v in PEAK_TFLOPS.items() if cuda and k in torch.cuda.get_device_name()), 0
-    )
+    try:
+        run.fit(args.updates + 1, clock)
+    except torch.cuda.OutOfMemoryError:
+        return [*begin, *["-"] * 7, "out of memory", foretold]
+    first, *seconds = clock.seconds
+    needed = found.forwards["total"]
+    done = (needed + found.forwards["recomputed"]) * flops / median(seconds) / 1e12
+    peak = _peak(args) if cuda or args.peak_tflops else None
     memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}" if cuda else "-"
-    foretold = (found.peak() - (10**9 if cuda else 0)) / 1e9
     return [
-        name, "all weights" if full else "adapters", options["compile"], f"{seconds:.3f}",
-        f"{evaluations / seconds:.2f}", f"{100 * rate / peak:.3f}%" if peak else "-", memory, f"{foretold:.2f}",
+        *begin, *(f"{value:.3f}" for value in (median(seconds), min(seconds), max(seconds), first)),
+        f"{needed / median(seconds):.2f}", f"{needed * flops / median(seconds) / 1e12:.3g}",
+        "-" if peak is None else f"{100 * done / peak:.3g}%", memory, foretold,
     ]  # fmt: skip
+
+
+def _peak(args: argparse.Namespace) -> float | None:
+    """TFLOP/s that the card can do at most, if they are known."""
+    if args.peak_tflops:
+        return float(args.peak_tflops)
+    card = torch.cuda.get_device_name()
+    return next((value for name, value in PEAK_TFLOPS.items() if name in card), None)
 
 
 def main() -> None:
@@ -88,28 +107,29 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=2, help="that are timed, after one to warm up")
+    parser.add_argument("--updates", type=int, default=5, help="that are timed, after one to warm up")
     parser.add_argument("--guidance", type=float, default=1.0)
     parser.add_argument("--peak_tflops", type=float, help="of the card, where its name is not known")
     parser.add_argument("--out", type=Path, default=FILE)
+    parser.set_defaults(quick=False)
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --device cpu --path FOLDER runs a small model")
     modes = args.compile or (["off", "default"] if args.device == "cuda" else ["off"])
     cases = {name: CASES[name] for name in args.cases} if args.path is None else {Path(args.path).name: (args.path, {})}
-    rows = []
-    for name, (path, size) in cases.items():
-        for tuning in args.tuning:
-            for mode in modes:
-                rows.append(_measure(name, path, {**size, "tuning": tuning, "compile": mode}, args))
-                print(" ".join(rows[-1]), flush=True)
-    card = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    cuda = args.device == "cuda"
+    card, peak = (torch.cuda.get_device_name(), _peak(args)) if cuda else ("CPU", args.peak_tflops)
     text = (
-        f"`python benchmarks/gpu.py` on one {card}, torch {torch.__version__}: {args.steps} steps, {args.samples} "
-        "paths an update, random weights, bfloat16. Memory is what tensors took at most, beside the estimate."
+        f"One {card}" + (f", {peak:g} TFLOP/s at most" if peak else "") + f": {args.steps} steps, {args.samples} paths "
+        f"an update, random weights, bfloat16; the median of {args.updates} updates, the least and the most, and the "
+        "first, which compiles. Memory is what tensors took at most, beside the estimate."
     )
-    header = ["model", "trained", "compile", "s an update", "forwards/s", "of peak", "GB", "GB estimated"]
-    write_section("gpu", "## On a GPU\n\n" + text + "\n\n" + markdown(header, rows), args.out)
+    rows: list[list[str]] = []
+    for name, (path, size) in cases.items():
+        for options in ({**size, "tuning": tuning, "compile": mode} for tuning in args.tuning for mode in modes):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+                rows.append(alone.submit(_measure, name, path, options, args).result())
+            publish("gpu", "On a GPU", [text, markdown(HEADER, rows)], args)
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def main() -> None:
         rows.append([config.stem, *shares, f"**{found['update'] / bare:.3f}**"])
         print(" | ".join(rows[-1]), flush=True)
     text = (
-        "The digits' networks are small, so this is the package's share at its worst: at real size a network call "
-        "takes a thousand times as long, and the rest does not. The demo's configs with 16 paths an update, on one "
-        "thread; wall time of both, in the same seconds. Shares are those of the bare calls."
+        "The digits' networks are small, so what the package does beside them weighs more than at real size. The "
+        "demo's configs with 16 paths an update, on one thread; wall time of both, in the same seconds. Shares are "
+        "those of the bare calls; what autograd does for the package's own few operations counts as theirs."
     )
     header = ["config", *(f"{part} of the calls" for part in PARTS), "**an update over its bare calls**"]
     publish("overhead", "An update over its bare network calls", [text, markdown(header, rows)], args)

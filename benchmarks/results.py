@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -62,7 +63,24 @@ def publish(name: str, title: str, parts: Sequence[str], args: argparse.Namespac
 def environment() -> str:
     """Machine and versions, in a line."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "diffusers", "numpy"))
-    return f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+    machine = f"{_processor()}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
+    return ", ".join([machine, *([f"commit {commit}"] if (commit := _commit()) else [])])
+
+
+def _commit() -> str:
+    """Of the code that was run, with a + where it had been changed; empty outside of a clone."""
+
+    def git(*command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(["git", "-C", str(FILE.parent), *command], capture_output=True, text=True)
+
+    try:
+        head, changed = (
+            git("rev-parse", "--short=10", "HEAD"),
+            git("diff", "--quiet", "HEAD", "--", "../*.py", "../*.yaml"),
+        )
+    except OSError:
+        return ""
+    return "" if head.returncode else head.stdout.strip() + "+" * changed.returncode
 
 
 def _processor() -> str:

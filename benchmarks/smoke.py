@@ -1,4 +1,4 @@
-"""One update of SD 1.5 at its real size, 64 x 64 latents, with random weights on the CPU: seconds and peak memory.
+"""One update of SD 1.5 at its real size, 64 x 64 latents, with random weights on the CPU: its peak of memory.
 
     python benchmarks/smoke.py [--steps 2] [--write]
 
@@ -9,10 +9,11 @@ estimate.  `--write` puts it into benchmarks/RESULTS.md.
 import argparse
 import json
 import resource
-import time
+from pathlib import Path
 
+import torch
 from random_weights import FullSizeRun
-from results import markdown, write_section
+from results import FILE, markdown, publish
 
 __all__ = ["main"]
 
@@ -27,27 +28,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--path", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--write", action="store_true", help="the section, into --out")
+    parser.add_argument("--out", type=Path, default=FILE)
+    parser.set_defaults(quick=False)
     args = parser.parse_args()
+    torch.manual_seed(0)
     run = FullSizeRun(args.path, "cpu", steps=args.steps, samples=1, micro_batch=1, rank=4, gradient_checkpointing=True)
-    found, before, start = run.estimate(), _rss(), time.perf_counter()
+    found, before = run.estimate(), _rss()
     module = run.fit(1)
-    seconds = time.perf_counter() - start
     loss = float(module.trainer.callback_metrics["train/loss"])
     counted = module.trainer.callbacks[0].evaluations
     result = {
-        "denoiser": found.counts["denoiser"], "seconds": seconds, "peak": _rss() - before, "estimate": found.peak(),
+        "denoiser": found.counts["denoiser"], "peak": _rss() - before, "estimate": found.peak(),
         "loss": loss, "forwards": counted.network, "forwards_estimate": found.forwards["total"],
     }  # fmt: skip
-    print(json.dumps(result))
     if args.write:
-        row = ["SD 1.5, adapters, float32", f"{args.steps}", f"{counted.network}", f"{seconds:.0f}"]
+        row = ["SD 1.5, adapters, float32", f"{args.steps}", f"{counted.network}"]
         row += [f"{result['peak'] / 1e9:.2f}", f"{result['estimate'] / 1e9:.2f}"]
-        header = ["random weights, one sample", "steps", "forwards", "seconds", "GB at the peak", "GB estimated"]
-        text = (
-            "`python benchmarks/smoke.py --write`, two threads of a shared machine; seconds include making the weights."
-        )
-        write_section("smoke", "## Real size on the CPU\n\n" + text + "\n\n" + markdown(header, [row]))
+        header = ["random weights, one sample", "steps", "forwards", "GB at the peak", "GB estimated"]
+        publish("smoke", "Real size on the CPU", ["The process's memory.", markdown(header, [row])], args)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
