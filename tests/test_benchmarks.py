@@ -76,22 +76,24 @@ def configs_of(name: str) -> list[str]:
     return OF_CLASS.get(name, [re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()])
 
 
+def rounded(figures: list[str]) -> str:
+    """To two digits, in the README's manner."""
+    return ", ".join(f"{float(figure.split()[0]):.2f}".lstrip("0") for figure in figures)
+
+
 def test_the_readmes_table_of_losses_is_the_sections() -> None:
-    """Cost, ESS with its steps, and the distance of what an ODE samples, each rounded from its section, in order."""
+    """Cost, ESS with its steps, and distance, each rounded from its section, in the order of the row's names."""
     sections = {cells[0]: cells for cells in table("losses")}
     readme = (ROOT / "README.md").read_text().split("## Which loss", 1)[1].split("## ", 1)[0]
     seen = []
     for line in re.findall(r"^\| (`.+) \|$", readme, re.MULTILINE):
         cells = line.split(" | ")
         configs = [c for name in re.findall(r"`([A-Z]\w+)`", cells[0]) for c in configs_of(name)]
-        found = [sections[config] for config in configs]
+        _, chain, cost, ess, _, w2, *_ = zip(*(sections[config] for config in configs), strict=True)
         seen += configs
-        costs = [f"{float(f[2]):g}" for f in found]
-        assert cells[5] in (", ".join(costs), costs[0] if len(set(costs)) == 1 else None), line
-        column = 3 if found[0][3] != "-" else 5
-        figures = ", ".join(f"{float(f[column].split()[0]):.2f}".lstrip("0") for f in found)
-        steps = {f[1].split(" x ")[0] for f in found}
-        assert cells[6] == (f"{figures} ({steps.pop()})" if column == 3 else f"W2 {figures}"), line
+        assert cells[5] == ", ".join(cost[:1] if len(set(cost)) == 1 else cost), line
+        assert cells[6] == ("-" if "-" in ess else f"{rounded(list(ess))} ({chain[0].split()[0]})"), line
+        assert cells[7] == rounded(list(w2)), line
     assert sorted(seen) == sorted(sections)
 
 

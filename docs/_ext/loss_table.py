@@ -1,7 +1,7 @@
 """`{loss-table}`: what each loss needs and costs, from its class; `{loss-pictures}`: what each reached on the mixture.
 
-Needs and bias are the traits that set-up and tests hold a class to.  What is measured, cost and ESS, stands in one
-place, the README's table of losses, and is read from there.
+Needs and bias are the traits that set-up and tests hold a class to.  What is measured is read from the README's table of
+losses and from the section of `benchmarks/RESULTS.md` behind it.
 """
 
 import re
@@ -58,32 +58,32 @@ def traits(loss: type[Loss]) -> list[str]:
     return [found, "yes" if loss.on_policy else "any policy", loss.bias or "none"]
 
 
+def reached() -> dict[str, dict[str, str]]:
+    """Rows of the section `losses` of `benchmarks/RESULTS.md` by configuration."""
+    text = (ROOT / "benchmarks/RESULTS.md").read_text().split("<!-- losses: begin -->", 1)[1]
+    head, _, *rows = (re.split(r" ?\| ?", line)[1:-1] for line in re.findall(r"^\|.+", text.split("<!--")[0], re.M))
+    return {row[0]: dict(zip((cell.strip("*") for cell in head), row, strict=True)) for row in rows}
+
+
 def panels() -> dict[str, tuple[str, str]]:
     """What stands under the picture of a configuration of `configs/toy`: its class with the variant, what it reached.
 
-    In the README's order; of an ODE, which has no path weights, the sliced W2 to the exact tilt.
+    In the README's order; of an ODE, which has no path weights, the sliced W2 to the exact tilt alone.
     """
-    rows, found = measured(), dict[tuple[int, int], tuple[str, str, str]]()
+    rows, figures, found = measured(), reached(), dict[tuple[int, int], tuple[str, str, str]]()
     for path in (ROOT / "configs/toy").glob("*.yaml"):
         model = yaml.safe_load(path.read_text())["model"]
         name, variant = model["class_path"].removesuffix("Task"), _variant(model["init_args"])
         variants = re.findall(r"\w+", rows[name]["loss"].partition("(")[2]) if variant else [""]
-        i = variants.index(variant)
-        value, _, distance = rows[name]["ESS on the mixture"].partition("; ")
-        each = [_one(part.removeprefix("sliced W2 "), i, len(variants)) for part in (value, distance)]
-        words = [f"{kind} {part}" for kind, part in zip(("ESS", "sliced W2"), each, strict=True) if part.strip("- ")]
-        found[list(rows).index(name), i] = (path.stem, name + (variant and f", {variant}"), ", ".join(words))
-    return {stem: (name, reached) for _, (stem, name, reached) in sorted(found.items())}
+        means = ((kind, figures[path.stem][kind].partition(" ")[0]) for kind in ("ESS", "sliced W2"))
+        words = [f"{kind} {float(mean):.2f}".replace(" 0.", " .") for kind, mean in means if mean != "-"]
+        place = list(rows).index(name), variants.index(variant)
+        found[place] = (path.stem, name + (variant and f", {variant}"), ", ".join(words))
+    return {stem: (name, words) for _, (stem, name, words) in sorted(found.items())}
 
 
 def _variant(arguments: dict[str, Any]) -> str:
     return str(arguments.get("variant", arguments.get("objective", "")))
-
-
-def _one(cell: str, i: int, n: int) -> str:
-    """The i-th of n numbers of a cell, without what stands in brackets; all of the cell if it has not n."""
-    parts = cell.partition(" (")[0].split(", ")
-    return parts[i] if len(parts) == n else ", ".join(parts)
 
 
 class LossTable(SphinxDirective):
