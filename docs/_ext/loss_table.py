@@ -1,7 +1,7 @@
 """`{loss-table}`: what each loss needs and costs, from its class; `{loss-pictures}`: what each reached on the mixture.
 
-Needs and bias are the traits that set-up and tests hold a class to.  What is measured is read from the README's table of
-losses and from the section of `benchmarks/RESULTS.md` behind it.
+Needs and bias are the traits that set-up and tests hold a class to.  What is measured is read from the README's table
+of losses and from the section of `benchmarks/RESULTS.md` behind it.
 """
 
 import re
