@@ -91,9 +91,10 @@ def main() -> None:
         "The two-dimensional mixture by the configs of `configs/toy` as they are, about a minute on one core each: "
         f"the mean of seeds {', '.join(map(str, seeds))}, in brackets the least and the greatest. ESS is that of the "
         "path weights of the chain that is named, log Z how many of its standard errors it is from the exact one, seed "
-        "by seed. Sliced W2 is that of the tuned samples to the exact tilt, the base is at about .5; its floor is that "
-        "of truth against truth at the same number of samples. Way: how far the mean reward went from base to exact "
-        "tilt. An ODE has no path weights."
+        "by seed (the exact one of a chain is from base samples that all losses share, so a seed's go together). "
+        "Sliced W2 is that of the tuned samples to the exact tilt, the base is at about .5; its floor is that of truth "
+        "against truth at the same number of samples. Way: how far the mean reward went from base to exact tilt. An "
+        "ODE has no path weights."
     )
     header = ["config", "chain", "forwards a pair", "**ESS**", "log Z", "**sliced W2**", "floor", "way"]
     publish(
