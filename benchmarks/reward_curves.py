@@ -212,8 +212,10 @@ def main() -> None:
         f"forwards, its learning rate falling to a tenth of the first. How far of the way from base ({base.mean:.4f} "
         f"+- {base.se:.4f}) to exact tilt ({exact.mean:.4f} +- {exact.se:.4f}) the mean reward of the memoryless "
         f"chain of 16 steps has gone, {samples} samples of each of {len(PROMPTS)} prompts, less the base's from the "
-        f"same noise: the mean of seeds {', '.join(map(str, seeds))}, in brackets the least and the greatest. More "
-        "than 100 % is not better: the tilt is what was asked for, and the mean alone does not say that it was met. "
+        f"same noise: the mean of seeds {', '.join(map(str, seeds))}, in brackets the least and the greatest. A "
+        "column is judged after the update that spent its last forward; the way itself is known to "
+        f"{(base.se**2 + exact.se**2) ** 0.5 / whole:.0%}. More than 100 % is not better: the tilt is what was asked "
+        "for, and the mean alone does not say that it was met. "
         "First rates are those of `digits_losses.py`, the same for a family; a loss can do better than here."
     )
     header = ["loss", "looks at", *(f"{budget * i // 4:,}" for i in range(1, 5)), "updates"]
