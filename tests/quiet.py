@@ -18,7 +18,8 @@ RESUMING = (
     # Lightning's, where a run goes on in another folder, or in the middle of an epoch of a plain loader.
     "The dirpath has changed from",
     "You're resuming from a checkpoint that ended before the epoch ended",
-    # Ours, of loaders and prompts that are not those of the checkpoint: the tests are about them.
+    # Ours, of processes, loaders and prompts that are not those of the checkpoint: the tests are about them.
+    "the checkpoint is of . processes and this run has",
     "this run cannot go on exactly",
 )
 RESUMED = pytest.mark.filterwarnings(*(f"ignore:{message}" for message in RESUMING))

@@ -19,6 +19,7 @@ pytest.importorskip("hpsv2", reason="the hpsv2 package is not installed")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Importing from timm.models.layers is deprecated:FutureWarning",
     "ignore:`torch.cuda.amp.autocast.* is deprecated:FutureWarning",
+    "ignore:CUDA is not available or torch_xla is imported",
 )
 
 
