@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from results import markdown, parser, publish
+from results import markdown, parser, publish, span
 
 __all__ = ["main", "run"]
 
@@ -44,12 +44,6 @@ def deviation(log_z: dict[str, Any]) -> float:
     own = log_z["exact"] is not None
     target, error = (log_z["exact"], log_z["exact_se"] or 0.0) if own else (log_z["continuous"], 0.0)
     return float((log_z["mean"] - target) / (log_z["se"] ** 2 + error**2) ** 0.5)
-
-
-def span(values: Sequence[float], shape: str) -> str:
-    """The mean, in brackets the least and the greatest."""
-    shown = [format(value, shape) for value in (mean(values), min(values), max(values))]
-    return f"{shown[0]} ({shown[1]} to {shown[2]})" if len(values) > 1 else shown[0]
 
 
 def row(name: str, reports: Sequence[dict[str, Any]]) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from published_algorithm import PublishedAdjointMatching
-from results import markdown, parser, publish
+from results import markdown, parser, publish, span
 from short_fits import ROOT, Bytes, CpuClock, cpu_seconds, fit, held
 
 from lightning_tilt.assets import folder
@@ -132,8 +132,7 @@ def main() -> None:
     first = next(iter(cases))
 
     def ratio(name: str, figure: str) -> str:
-        ratios = [turn[name][figure] / turn[first][figure] for turn in found]
-        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        return span([turn[name][figure] / turn[first][figure] for turn in found], ".2f", median)
 
     rows = [
         [

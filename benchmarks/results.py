@@ -5,11 +5,12 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean
 
-__all__ = ["FILE", "environment", "markdown", "parser", "publish", "write_section"]
+__all__ = ["FILE", "environment", "markdown", "parser", "publish", "span", "write_section"]
 
 FILE = Path(__file__).parent / "RESULTS.md"
 
@@ -18,6 +19,12 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table, numbers to the right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def span(values: Sequence[float], shape: str, middle: Callable[[Sequence[float]], float] = mean) -> str:
+    """The mean or another middle, in brackets the least and the greatest of several."""
+    shown = [format(value, shape) for value in (middle(values), min(values), max(values))]
+    return f"{shown[0]} ({shown[1]} to {shown[2]})" if len(values) > 1 else shown[0]
 
 
 def write_section(name: str, text: str, file: Path = FILE) -> None:

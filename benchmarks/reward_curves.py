@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 from digits_losses import END_POINTS, LOSSES, config
 from lightning import Callback
-from results import FILE, markdown, parser, publish
+from results import FILE, markdown, parser, publish, span
 from short_fits import ROOT, fit
 from torch import Tensor
 
@@ -174,16 +174,11 @@ def row(name: str, seeds: Sequence[Curve], budget: int, whole: float) -> list[st
             for c in seeds
         ]
         there = [way for way in ways if way is not None]
-        columns.append(_span(there) if len(there) == len(seeds) else "")
-    end = _span([c.gain[-1] / whole for c in seeds]) if not columns[-1] else columns[-1]
+        columns.append(span(there, ".0%") if len(there) == len(seeds) else "")
+    end = span([c.gain[-1] / whole for c in seeds], ".0%") if not columns[-1] else columns[-1]
     updates = [c.updates for c in seeds]
     counted = str(min(updates)) if min(updates) == max(updates) else f"{min(updates)} - {max(updates)}"
     return [name, "end points" if name in END_POINTS else "paths", *columns[:-1], end, counted]
-
-
-def _span(ways: Sequence[float]) -> str:
-    spread = f" ({min(ways):.0%} to {max(ways):.0%})" if len(ways) > 1 else ""
-    return f"{average(ways):.0%}{spread}"
 
 
 def main() -> None:

@@ -22,6 +22,11 @@ from lightning_tilt.assets import folder  # noqa: E402
 from lightning_tilt.rewards import Ink  # noqa: E402
 
 
+def section(name: str) -> str:
+    """What stands between a section's marks."""
+    return RESULTS[RESULTS.index(f"<!-- {name}: begin -->") : RESULTS.index(f"<!-- {name}: end -->")]
+
+
 def test_a_section_is_replaced_and_the_others_stay(tmp_path: Path) -> None:
     file = tmp_path / "RESULTS.md"
     results.write_section("one", "first", file)
@@ -48,18 +53,17 @@ def test_a_quick_run_is_written_nowhere_unless_it_is_told_where(
 def test_every_section_has_its_script_its_figures_and_its_command() -> None:
     for name in bench.SECTIONS:
         assert (BENCHMARKS / f"{name}.py").is_file()
-        section = RESULTS[RESULTS.index(f"<!-- {name}: begin -->") : RESULTS.index(f"<!-- {name}: end -->")]
-        assert f"`make bench ONLY={name}`" in section and "torch" in section and "seed" in section
+        text = section(name)
+        assert f"`make bench ONLY={name}`" in text and "torch" in text and "seed" in text
     for name in bench.NAMED:
         assert (BENCHMARKS / f"{name}.py").is_file() and f"`make bench ONLY={name}`" in RESULTS
     for picture in re.findall(r"!\[.*?\]\((.+?)\)", RESULTS):
         assert (BENCHMARKS / picture).is_file()
 
 
-def table(section: str) -> list[list[str]]:
+def table(name: str) -> list[list[str]]:
     """The cells of a section's first table, without its head."""
-    text = RESULTS[RESULTS.index(f"<!-- {section}: begin -->") : RESULTS.index(f"<!-- {section}: end -->")]
-    lines = re.findall(r"^\| (.+) \|$", text, re.MULTILINE)
+    lines = re.findall(r"^\| (.+) \|$", section(name), re.MULTILINE)
     return [line.split(" | ") for line in lines[2:]]
 
 
