@@ -1,5 +1,6 @@
 """`python -m lightning_tilt` is the console script `lightning-tilt`."""
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -7,14 +8,22 @@ __all__ = ["main"]
 
 def main() -> None:
     """The console script; what needs no library does not wait for them to load."""
-    if sys.argv[1:2] == ["configs"]:
-        from lightning_tilt.cli_configs import without_a_run
+    command = sys.argv[1:2]
+    try:
+        if command == ["configs"]:
+            from lightning_tilt.cli_configs import without_a_run
 
-        without_a_run(sys.argv[1:])
-    else:
-        from lightning_tilt.cli import main
+            without_a_run(sys.argv[1:])
+        else:
+            from lightning_tilt.cli import main
 
-        main()
+            main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has read what it wants; a run that loses its output does say so
+        if command not in (["configs"], ["cite"]):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail at exit again
+        raise SystemExit(128 + 13) from None  # as of one that SIGPIPE ends
 
 
 if __name__ == "__main__":

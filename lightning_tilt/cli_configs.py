@@ -130,6 +130,8 @@ def without_a_run(args: Sequence[str]) -> list[str] | None:
             return ["fit", *with_packaged(rest), "--dry_run", "citation"]
         else:
             return with_packaged(args)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         _Parser().error(" ".join(str(error).split()))
     return None

@@ -1,6 +1,10 @@
 """Packaged configurations: found from any folder, listed, and copied without touching what is there."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -133,3 +137,14 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
     assert tilt("configs", DEMO, "--force", cwd=tmp_path).status == 0
     assert prompts.read_bytes() == (ROOT / NAMED[0]).read_bytes()
     assert tilt("configs", "digits/sd15_full", cwd=tmp_path).status == 0  # equal files are no conflict
+
+
+@pytest.mark.parametrize("command", [["configs"], ["cite", "--config", DEMO]])
+def test_a_reader_that_has_read_enough_is_no_error(command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    program = [sys.executable, "-m", "lightning_tilt", *command]
+    run = subprocess.run(program, cwd=ROOT, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert run.returncode == 128 + signal.SIGPIPE
+    assert "pipe" not in run.stderr.lower()
