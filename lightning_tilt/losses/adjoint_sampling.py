@@ -1,7 +1,7 @@
 """Adjoint Sampling (2504.11713): Adjoint Matching from a Gaussian base, whose adjoint needs no simulation.
 
 The lean adjoint of a base N(mu, I/m) is `a_t = slope a_1`, a_1 = -lam grad r(X_1), slope = alpha/(alpha^2 + m beta^2)
-(section 3 and proposition 3.1 there; constant for the driftless base).  Given the end points alone, X_t can be drawn
+(section 3 there; constant for the driftless base).  Given the end points alone, X_t can be drawn
 again and again, and the regression of the score on `s_base(X_t) - a_t` is in x1_hat
 
     y = x1_hat_base(X_t) + Var(X_1 | X_t) lam grad r(X_1),       Var = beta^2/(alpha^2 + m beta^2)

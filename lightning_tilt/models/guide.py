@@ -10,7 +10,7 @@ softened, |v| the length of what the network calls one vector (a sample, a parti
 V_t is.
 
 Samplers of unnormalised densities have used such a part since the path integral sampler (2111.15141, section 4; DDS,
-2302.13834, equation 20), there with the gradient at x.  It costs an energy evaluation a network call, which the
+2302.13834), there with the gradient at x.  It costs an energy evaluation a network call, which the
 counters of a run show as `reward` evaluations.
 """
 

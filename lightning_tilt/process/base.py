@@ -113,7 +113,7 @@ class Process(ABC):
         return self.beta(t) * (self.kappa(t) * self.beta(t) - self.d_beta(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        """The memoryless noise `sqrt(2 eta)` (2409.08861, theorem 1)."""
+        """The memoryless noise `sqrt(2 eta)` (2409.08861)."""
         return (2 * self.eta(t)).sqrt()
 
     @property
