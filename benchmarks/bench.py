@@ -17,7 +17,7 @@ __all__ = ["NAMED", "SECTIONS", "main"]
 
 HERE = Path(__file__).resolve().parent
 SECTIONS = (
-    "forwards", "losses", "families", "overhead", "published", "growth", "reward_curves", "wasserstein", "imports",
+    "forwards", "losses", "overhead", "published", "growth", "reward_curves", "wasserstein", "imports",
     "full_size",
 )  # fmt: skip
 """Sections that any machine can make; each is the name of a script too."""

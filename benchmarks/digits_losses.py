@@ -18,6 +18,8 @@ from typing import Any
 
 import yaml
 
+from lightning_tilt import losses
+
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "configs/digits/sd15_adjoint_matching.yaml"
 
@@ -53,11 +55,11 @@ LOSSES: dict[str, tuple[str, dict[str, Any], dict[str, Any], float]] = {
     "novel_score_matching": ("NovelScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
     "mixed_score_matching": ("MixedScoreMatchingTask", WEIGHTED, EIGHT, 1e-3),
 }  # fmt: skip
-END_POINTS = {
-    "reinforce_adjoint_matching", "tilt_matching", "efficient_adjoint_matching", "exact_reinforce_adjoint_matching",
-    "conditional_score_matching", "target_score_matching", "novel_score_matching", "mixed_score_matching",
-}  # fmt: skip
-"""The losses that look at noised end points; the others look at the steps of paths."""
+
+
+def looks_at(task: str) -> str:
+    """What the loss of a task is made of: the steps of paths, or noised end points."""
+    return "paths" if getattr(losses, task.removesuffix("Task")).needs_path else "end points"
 
 
 def config(name: str, updates: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from full_size import forward_flops
 from lightning import Callback
 from random_weights import FullSizeRun
-from results import FILE, markdown, publish
+from results import markdown, parser, publish
 
 __all__ = ["CASES", "main"]
 
@@ -99,20 +99,18 @@ def _peak(args: argparse.Namespace) -> float | None:
 
 def main() -> None:
     """Measure and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--path", help="a folder in the place of the cases")
-    parser.add_argument("--tuning", nargs="*", default=["lora", "full"], choices=["lora", "full"])
-    parser.add_argument("--compile", nargs="*", default=None, help="modes; on a GPU: off default")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--updates", type=int, default=5, help="that are timed, after one to warm up")
-    parser.add_argument("--guidance", type=float, default=1.0)
-    parser.add_argument("--peak_tflops", type=float, help="of the card, where its name is not known")
-    parser.add_argument("--out", type=Path, default=FILE)
-    parser.set_defaults(quick=False)
-    args = parser.parse_args()
+    arguments = parser(__doc__, quick=False)
+    arguments.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
+    arguments.add_argument("--path", help="a folder in the place of the cases")
+    arguments.add_argument("--tuning", nargs="*", default=["lora", "full"], choices=["lora", "full"])
+    arguments.add_argument("--compile", nargs="*", default=None, help="modes; on a GPU: off default")
+    arguments.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    arguments.add_argument("--steps", type=int, default=20)
+    arguments.add_argument("--samples", type=int, default=8)
+    arguments.add_argument("--updates", type=int, default=5, help="that are timed, after one to warm up")
+    arguments.add_argument("--guidance", type=float, default=1.0)
+    arguments.add_argument("--peak_tflops", type=float, help="of the card, where its name is not known")
+    args = arguments.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no GPU here; --device cpu --path FOLDER runs a small model")
     modes = args.compile or (["off", "default"] if args.device == "cuda" else ["off"])

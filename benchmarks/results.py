@@ -39,12 +39,14 @@ def write_section(name: str, text: str, file: Path = FILE) -> None:
     file.write_text(content, encoding="utf-8")
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """The arguments that every section has: `--quick` and `--out`."""
+def parser(doc: str | None, quick: bool = True) -> argparse.ArgumentParser:
+    """The arguments that every section has: `--out`, and `--quick` but where there is no quick size."""
     made = argparse.ArgumentParser(description=(doc or "").split("\n\n")[0])
-    made.add_argument(
-        "--quick", action="store_true", help="a size that only shows that it runs; written to --out alone"
-    )
+    if quick:
+        shown = "a size that only shows that it runs; written to --out alone"
+        made.add_argument("--quick", action="store_true", help=shown)
+    else:
+        made.set_defaults(quick=False)
     made.add_argument("--out", type=Path, help="the file that takes the section, default benchmarks/RESULTS.md")
     return made
 

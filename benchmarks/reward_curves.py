@@ -18,7 +18,7 @@ from statistics import mean as average
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-from digits_losses import END_POINTS, LOSSES, config
+from digits_losses import LOSSES, config, looks_at
 from lightning import Callback
 from results import FILE, markdown, parser, publish, span
 from short_fits import ROOT, fit
@@ -136,10 +136,11 @@ def curve(name: str, seed: int, budget: int, samples: int) -> Curve:
 def draw(file: Path, curves: dict[str, list[Curve]], whole: float) -> None:
     """Parts of the way against forwards, mean and range of the seeds: paths on the left, end points on the right."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.4), sharex=True, sharey=True, layout="constrained")
-    for axis, title, family in (
-        (axes[0], "losses on the steps of paths", [n for n in curves if n not in END_POINTS]),
-        (axes[1], "losses on noised end points", [n for n in curves if n in END_POINTS]),
+    for axis, title, made_of in (
+        (axes[0], "losses on the steps of paths", "paths"),
+        (axes[1], "losses on noised end points", "end points"),
     ):
+        family = [name for name in curves if looks_at(LOSSES[name][0]) == made_of]
         for i, name in enumerate(family):
             x = [average(at) / 1000 for at in zip(*(c.spent for c in curves[name]), strict=False)]
             ways = [[gain / whole for gain in at] for at in zip(*(c.gain for c in curves[name]), strict=False)]
@@ -178,7 +179,7 @@ def row(name: str, seeds: Sequence[Curve], budget: int, whole: float) -> list[st
     end = span([c.gain[-1] / whole for c in seeds], ".0%") if not columns[-1] else columns[-1]
     updates = [c.updates for c in seeds]
     counted = str(min(updates)) if min(updates) == max(updates) else f"{min(updates)} - {max(updates)}"
-    return [name, "end points" if name in END_POINTS else "paths", *columns[:-1], end, counted]
+    return [name, looks_at(LOSSES[name][0]), *columns[:-1], end, counted]
 
 
 def main() -> None:

@@ -6,14 +6,12 @@ It prints a line of JSON: the peak of the process's memory, without what Python 
 estimate.  `--write` puts it into benchmarks/RESULTS.md.
 """
 
-import argparse
 import json
 import resource
-from pathlib import Path
 
 import torch
 from random_weights import FullSizeRun
-from results import FILE, markdown, publish
+from results import markdown, parser, publish
 
 __all__ = ["main"]
 
@@ -25,13 +23,11 @@ def _rss() -> int:
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--path", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--write", action="store_true", help="the section, into --out")
-    parser.add_argument("--out", type=Path, default=FILE)
-    parser.set_defaults(quick=False)
-    args = parser.parse_args()
+    arguments = parser(__doc__, quick=False)
+    arguments.add_argument("--path", default="stable-diffusion-v1-5/stable-diffusion-v1-5")
+    arguments.add_argument("--steps", type=int, default=2)
+    arguments.add_argument("--write", action="store_true", help="the section, into --out")
+    args = arguments.parse_args()
     torch.manual_seed(0)
     run = FullSizeRun(args.path, "cpu", steps=args.steps, samples=1, micro_batch=1, rank=4, gradient_checkpointing=True)
     found, before = run.estimate(), _rss()

@@ -93,7 +93,7 @@ def test_the_readmes_table_of_losses_is_the_sections() -> None:
     for line in re.findall(r"^\| (`.+) \|$", readme, re.MULTILINE):
         cells = line.split(" | ")
         configs = [c for name in re.findall(r"`([A-Z]\w+)`", cells[0]) for c in configs_of(name)]
-        _, chain, cost, ess, _, w2, *_ = zip(*(sections[config] for config in configs), strict=True)
+        _, _, chain, _, cost, ess, _, w2, *_ = zip(*(sections[config] for config in configs), strict=True)
         seen += configs
         assert cells[5] == ", ".join(cost[:1] if len(set(cost)) == 1 else cost), line
         assert cells[6] == ("-" if "-" in ess else f"{rounded(list(ess))} ({chain[0].split()[0]})"), line
