@@ -175,5 +175,6 @@ def test_an_exported_pipeline_has_its_encoders_though_they_were_dropped(family: 
     predictor.save_pipeline(tmp_path / "pipeline")
     kind = {"sd15": StableDiffusion, "sd3": StableDiffusion3}[family]
     again = told(kind(tmp_path / "pipeline"))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in again.items())
+    # Not bit for bit: what a matrix product rounds to can depend on where its factors lie in memory.
+    torch.testing.assert_close(again, before, rtol=1e-5, atol=1e-6)
     assert len(predictor.encoders) == 0 and predictor.pipeline.text_encoder is None
