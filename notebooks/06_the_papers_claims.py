@@ -210,8 +210,8 @@ for before, after in zip(steps["before"]["times"], steps["after"]["times"], stri
 # resolved any more: the variance of these 400 states is larger than it, and that is what a batch has to average away.
 # Before training it was seen at t = .4, not below.
 #
-# No change of the variance is resolved at any t, and below t = .6 that says little: its standard error is a third of
-# it, and rare paths make it (section 1).  From .6 on the errors are small.
+# No change of the variance is resolved at any t, and below t = .8 that says little: its standard error is a third of
+# it, and rare paths make it (section 1).  From .8 on the errors are small.
 
 # %% [markdown]
 # ## 3. How long the lean adjoint is

@@ -5,7 +5,7 @@
 
 The version stands in `lightning_tilt/__init__.py`; CITATION.cff repeats it with the date, and the notes of
 CHANGELOG.md that stood under Unreleased go under both.  Between releases the code has the version of the last one, and
-before the first one that of the first, 0.1.0.  Refused are a version that is not X.Y.Z or not the next one, a tree that
+before the first one that of the first, 0.1.0.  Refused are a version that is not X.Y.Z or not a later one, a tree that
 is not clean, a branch other than main or one that lacks what its remote has, and a changelog with nothing to tell.  If
 a test, the build or the tag fails, the three files and the branch are put back.  What is built is what is committed:
 the commit's own files in a folder of their own, without leftovers of earlier builds.  Pushing and uploading stay with a

@@ -15,8 +15,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import bench  # noqa: E402
 import results  # noqa: E402
+import reward_curves  # noqa: E402
 import torch  # noqa: E402
 from published_algorithm import PublishedAdjointMatching  # noqa: E402
+from reward_curves import Curve  # noqa: E402
 
 from lightning_tilt.assets import folder  # noqa: E402
 from lightning_tilt.rewards import Ink  # noqa: E402
@@ -99,6 +101,15 @@ def test_the_readmes_table_of_losses_is_the_sections() -> None:
         assert cells[6] == ("-" if "-" in ess else f"{rounded(list(ess))} ({chain[0].split()[0]})"), line
         assert cells[7] == rounded(list(w2)), line
     assert sorted(seen) == sorted(sections)
+
+
+def test_a_loss_that_ends_before_the_budget_keeps_what_it_had() -> None:
+    """Its last column is where it ended, with its own forwards; a mean over seeds has all of them at every point."""
+    seeds = [Curve([0, 4000, 8000, 9000], [0.0, 0.1, 0.2, 0.3], 9), Curve([0, 4000, 8000], [0.0, 0.3, 0.4], 7)]
+    assert reward_curves.row("tilt_matching", seeds, 32_000, 0.5) == [
+        "tilt_matching", "end points", "60% (40% to 80%)", "", "", "70% (60% to 80%)", "8 - 9", "7 - 9",
+    ]  # fmt: skip
+    assert reward_curves._together([c.gain for c in seeds]) == [(0.0, 0.0), (0.1, 0.3), (0.2, 0.4), (0.3, 0.4)]
 
 
 def test_a_section_that_is_not_there_is_named() -> None:

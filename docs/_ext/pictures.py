@@ -4,7 +4,7 @@
     python docs/_ext/pictures.py cmcd_kl variances   some
 
 A loss's picture is its configuration under `configs/toy/` at its own seed, with this panel in place of its report:
-samples of the tuned model on contours of the exact tilt.  `variances` draws how far four targets lie from
+samples of the tuned model, by the chain that the report judges, on contours of the exact tilt.  `variances` draws how far four targets lie from
 their mean over t, from closed forms.
 """
 
@@ -28,7 +28,9 @@ from lightning_tilt.callbacks.density_picture import MASSES, mass_levels
 from lightning_tilt.callbacks.mixture_variances import mixture_variances
 from lightning_tilt.callbacks.pictures import EXACT, TUNED, tidy
 from lightning_tilt.callbacks.truth import truth_of
+from lightning_tilt.interfaces import find_sampler
 from lightning_tilt.models import the_mixture
+from lightning_tilt.transition import Transition
 
 __all__ = ["Panel", "draw_variances", "fit"]
 
@@ -40,12 +42,22 @@ CORNERS = (-4.0, 3.2), (-3.6, 3.6)
 
 
 class Panel(DensityPicture):
-    """One small panel in place of two large ones."""
+    """One small panel in place of two large ones.
+
+    Args:
+        steps: of the chain that is drawn from, as the report's; None: as many as in training.
+        transition: its kernel; None: that of training.
+    """
+
+    def __init__(self, steps: int | None = None, transition: Transition | None = None) -> None:
+        super().__init__()
+        self.steps, self.transition = steps, transition
 
     def look(self, host: Any) -> tuple[dict[str, Any], Figure]:
         """Samples of the tuned model on the 50, 80, 95 and 99 % contours of the exact tilt."""
-        path = self.paths(host)
-        truth = truth_of(host.predictor, host.reward, path.lam)
+        sampler = find_sampler(host).variant(self.steps, self.transition)
+        path = sampler.rollout(host, torch.zeros(1), stream="report", number=0, samples_per_condition=self.samples)
+        truth = truth_of(host.predictor, host.reward, host.current_lam())
         assert truth is not None
         x, y = (torch.linspace(*ends, 160) for ends in CORNERS)
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).reshape(-1, 2)
@@ -103,8 +115,9 @@ def fit(name: str, folder: Path) -> None:
     """One run, in a process of its own."""
     config = yaml.safe_load((ROOT / f"configs/toy/{name}.yaml").read_text())
     trainer = config["trainer"]
-    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"] not in ("TiltReport", "ModelCheckpoint")]
-    trainer["callbacks"].append({"class_path": "pictures.Panel"})
+    callbacks = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
+    judged = {key: value for key, value in callbacks["TiltReport"].items() if key in ("steps", "transition")}
+    trainer["callbacks"] = [{"class_path": "pictures.Panel", "init_args": judged}]
     trainer["default_root_dir"] = str(folder)
     (folder / "config_of_picture.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lightning_tilt", "fit", "--config", str(folder / "config_of_picture.yaml")]
