@@ -99,7 +99,7 @@ show(figure, "01_truth")
 #
 # The runs are short: a few seconds each, a chain of 20 steps where the configs of `configs/toy/` have 40 to 100. They
 # show that the losses move to one target, and roughly what that costs. They do not rank losses that end close to each
-# other; `benchmarks/losses.py` trains all of them to the end.
+# other; `benchmarks/losses.py` trains each as its config says, with three seeds.
 
 
 # %%
