@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from lightning import LightningModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
@@ -34,13 +34,13 @@ def check_host(host: Any) -> None:
         score.bind(None, None)
     except TypeError:
         raise TypeError(
-            f"{type(host.reward).__name__}.score{score} does not take the images and the prompts: "
-            "def score(self, images, prompts)"
+            f"{type(host.reward).__name__}.score({', '.join(score.parameters)}) does not take the images and the "
+            "prompts: def score(self, images, prompts)"
         ) from None
 
 
 def check_training_step(host: LightningModule, loss: type[Any]) -> None:
-    """Refuse an optimisation by hand, and warn of a training step that the loss's stands before.
+    """Refuse an optimisation by hand, and name a training step that is not called because the loss's comes first.
 
     Args:
         host: the whole module.
@@ -57,7 +57,7 @@ def check_training_step(host: LightningModule, loss: type[Any]) -> None:
         )
     unheard = [c for c in type(host).__mro__ if "training_step" in vars(c) and c not in (loss, LightningModule)]
     if type(host).training_step is loss.training_step and unheard:
-        rank_zero_warn(
+        rank_zero_info(
             f"{unheard[0].__name__}.training_step is not called: {name} trains on the tilt's loss alone. To have both, "
             f"define training_step in {name} and add to what super().training_step returns"
         )
