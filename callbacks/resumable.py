@@ -33,7 +33,7 @@ from .owed import epoch_over, rows_come_again, validate, validation_due
 from .place import check_place, finished_epochs, plateaus, watched_by
 from .processes import collected, distributed
 from .random_states import random_states, set_random_states
-from .surroundings import check_loader, network_context
+from .surroundings import network_context
 
 __all__ = ["Resumable"]
 
@@ -119,7 +119,6 @@ class Resumable(Sampler, Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with a fresh rollout, or go on with what a checkpoint has just brought; listen to signals."""
-        check_loader(trainer.train_dataloader)
         if self._resumed is None:
             self._buffer.clear()
         else:

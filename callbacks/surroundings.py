@@ -10,15 +10,7 @@ from torch import Tensor
 
 from ..condition import Prompts
 
-__all__ = [
-    "check_counts",
-    "check_loader",
-    "device_and_dtype",
-    "global_numbers",
-    "global_seed",
-    "network_context",
-    "prompts_of",
-]
+__all__ = ["check_counts", "device_and_dtype", "global_numbers", "global_seed", "network_context", "prompts_of"]
 
 
 def check_counts(**counts: int | None) -> None:
@@ -26,23 +18,6 @@ def check_counts(**counts: int | None) -> None:
     for name, value in counts.items():
         if value is not None and value < 1:
             raise ValueError(f"sampler.{name} must be at least 1, not {value}")
-
-
-def check_loader(loader: Any) -> None:
-    """Refuse a plain list of batches, which Lightning takes for several loaders: a batch would be one item of each.
-
-    Args:
-        loader: what the Trainer was given.
-
-    Raises:
-        TypeError: naming the mend.
-    """
-    if isinstance(loader, (list, tuple)) and any(isinstance(b, (str, list, tuple, dict, Tensor)) for b in loader):
-        raise TypeError(
-            "a plain list of batches is no loader: Lightning reads each entry as a loader of its own, and makes "
-            "batches of one item of each. Use DataLoader(prompts, batch_size=4) of a flat list of prompts, or "
-            "DataLoader(batches, batch_size=None)"
-        )
 
 
 def prompts_of(batch: Any) -> tuple[Prompts, int]:

@@ -4,11 +4,9 @@ Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any Lig
 or yours.
 """
 
-import logging
 import os
 import signal
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -40,6 +38,7 @@ from lightning_tilt.checkpoints import last_checkpoint
 from lightning_tilt.cli_checkpoint import changed_settings, saved_settings, with_checkpoint_first
 from lightning_tilt.cli_configs import DESCRIPTION, without_a_run
 from lightning_tilt.cli_errors import one_line, users_mistake
+from lightning_tilt.cli_quiet import quieter
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, need_writable, set_aside
 from lightning_tilt.steering import SMC
@@ -222,28 +221,6 @@ def _nulls_as_configs(args: list[str]) -> list[str]:
     return given
 
 
-def _quieter() -> None:
-    """Keep other people's advice out of the terminal: nothing a user of this command could act on."""
-    if os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") == "error":
-        logging.getLogger("transformers").setLevel(logging.ERROR)  # it may have read its default level already
-    # Lightning 2.6 under torch 2.13, upstream
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # said where a run is looked at, and where its earlier outputs are about to be moved aside
-    for told in (
-        "Be aware that when using `ckpt_path`",
-        "The dirpath has changed",
-        "Checkpoint directory .* not empty",
-    ):
-        warnings.filterwarnings("ignore", message=told)
-    # of a checkpoint that is written, where reading one never runs code
-    connector = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    connector.addFilter(lambda record: "`weights_only` was not set" not in str(record.msg))
-    # advertisements of the Trainer's
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip: For seamless" not in str(record.msg))
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """The console script; own rewards and modules are found in the working directory.
 
@@ -251,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
     `LIGHTNING_TILT_DEBUG=1` shows its traceback.
     """
     sys.path.insert(0, str(Path.cwd()))
-    _quieter()
+    quieter()
     try:
         given = without_a_run(sys.argv[1:] if args is None else args)
         if given is not None:

@@ -21,8 +21,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 from lightning_tilt import __version__
 from lightning_tilt.assets import locate
 
@@ -120,6 +118,8 @@ def with_packaged(args: Sequence[str]) -> list[str]:
 
 def _check_yaml(value: str) -> str:
     """The value of `--config`; a file that holds no settings is named, which a parser of texts does not do."""
+    import yaml
+
     if not _written_out(value) and Path(value).is_file():
         try:
             content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))

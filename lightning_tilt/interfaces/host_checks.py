@@ -1,16 +1,17 @@
-"""What a loss asks of the module that carries it, said before anything is computed."""
+"""What a loss asks of the module that carries it and of its loader, said before anything is computed."""
 
 import inspect
 from typing import Any
 
 from lightning import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_tilt.interfaces.predictor import Predictor
 from lightning_tilt.interfaces.reward import Reward
 from lightning_tilt.process import Process
 
-__all__ = ["check_host", "check_training_step"]
+__all__ = ["check_host", "check_loader", "check_training_step"]
 
 
 def check_host(host: Any) -> None:
@@ -60,4 +61,21 @@ def check_training_step(host: LightningModule, loss: type[Any]) -> None:
         rank_zero_info(
             f"{unheard[0].__name__}.training_step is not called: {name} trains on the tilt's loss alone. To have both, "
             f"define training_step in {name} and add to what super().training_step returns"
+        )
+
+
+def check_loader(loader: Any) -> None:
+    """Refuse a plain list of batches, which Lightning takes for several loaders: a batch would be one item of each.
+
+    Args:
+        loader: what the Trainer was given.
+
+    Raises:
+        TypeError: naming the mend.
+    """
+    if isinstance(loader, (list, tuple)) and any(isinstance(b, (str, list, tuple, dict, Tensor)) for b in loader):
+        raise TypeError(
+            "a plain list of batches is no loader: Lightning reads each entry as a loader of its own, and makes "
+            "batches of one item of each. Use DataLoader(prompts, batch_size=4) of a flat list of prompts, or "
+            "DataLoader(batches, batch_size=None)"
         )

@@ -20,7 +20,7 @@ from lightning_tilt.interfaces.checkpointed import Checkpointed
 from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.groups import update_size
-from lightning_tilt.interfaces.host_checks import check_host, check_training_step
+from lightning_tilt.interfaces.host_checks import check_host, check_loader, check_training_step
 from lightning_tilt.interfaces.not_finite import UpdateGuard
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
@@ -114,6 +114,11 @@ class Loss(Checkpointed, Cited, ABC):
             check_training_step(cast(LightningModule, self), Loss)
             self._guard = UpdateGuard()  # a fit that was interrupted may have left a window open
             self._check_fit(self.sampler)
+
+    def on_train_start(self) -> None:
+        """Refuse what is no loader, which the Trainer has only now."""
+        super().on_train_start()  # type: ignore[misc]
+        check_loader(self.trainer.train_dataloader)
 
     def _check_fit(self, sampler: Sampler) -> None:
         if self.needs_reward_gradient and not self.reward.is_differentiable:
