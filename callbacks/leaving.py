@@ -131,7 +131,8 @@ class Departure:
                 trainer.save_checkpoint(path, weights_only=False)
             how = f"go on with the same command and --ckpt_path {path}"
         if trainer.is_global_zero:
-            sys.stderr.write(f"lightning-tilt: stopped by {name} after update {step}; {how}\n")
+            apart = "" if sys.stderr.isatty() else "\n"  # a progress bar that is not on a terminal leaves its line open
+            sys.stderr.write(f"{apart}lightning-tilt: stopped by {name} after update {step}; {how}\n")
         # A child of Lightning's own launcher that ends with another status than 0 has the others killed.
         environment = trainer._accelerator_connector.cluster_environment
         child = isinstance(environment, LightningEnvironment) and not trainer.is_global_zero

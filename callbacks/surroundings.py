@@ -39,7 +39,8 @@ def prompts_of(batch: Any) -> tuple[Prompts, int]:
     if isinstance(batch, (list, tuple)) and all(isinstance(p, str) for p in batch) and len(batch) > 0:
         return list(batch), len(batch)
     raise TypeError(
-        f"a batch is a list of prompts, a mapping with 'prompt', or a tensor of draws, not {type(batch).__name__}"
+        f"a batch is a list of prompts, a mapping with 'prompt', or a tensor of draws, not {type(batch).__name__} "
+        "(a plain list is no loader: DataLoader(prompts, batch_size=4))"
     )
 
 

@@ -1,6 +1,7 @@
 """`python -m lightning_tilt` is the console script `lightning-tilt`."""
 
 import os
+import signal
 import sys
 
 __all__ = ["main"]
@@ -10,7 +11,7 @@ def main() -> None:
     """The console script; what needs no library does not wait for them to load."""
     command = sys.argv[1:2]
     try:
-        if command == ["configs"]:
+        if command in (["configs"], ["--version"]):
             from lightning_tilt.cli_configs import without_a_run
 
             without_a_run(sys.argv[1:])
@@ -19,11 +20,14 @@ def main() -> None:
 
             main()
         sys.stdout.flush()
+    except KeyboardInterrupt:  # while libraries load, or a second one
+        sys.stderr.write("\nlightning-tilt: stopped by SIGINT\n")
+        raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # `| head` has read what it wants; a run that loses its output does say so
         if command not in (["configs"], ["cite"]):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail at exit again
-        raise SystemExit(128 + 13) from None  # as of one that SIGPIPE ends
+        raise SystemExit(128 + signal.SIGPIPE) from None  # as of one that this signal ends
 
 
 if __name__ == "__main__":

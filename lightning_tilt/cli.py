@@ -4,11 +4,11 @@ Five blocks: `model: data: sampler: evaluation: trainer:`.  The model is any Lig
 or yours.
 """
 
-import logging
 import os
+import signal
 import sys
-import warnings
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -34,9 +34,11 @@ import lightning_tilt.rewards.mixture_density
 import lightning_tilt.tasks  # noqa: F401
 from lightning_tilt.callbacks import Evaluation, PredictionWriter, SteeredSampler, TrajectorySampler
 from lightning_tilt.callbacks.home import goes_on_here
+from lightning_tilt.checkpoints import last_checkpoint
 from lightning_tilt.cli_checkpoint import changed_settings, saved_settings, with_checkpoint_first
 from lightning_tilt.cli_configs import DESCRIPTION, without_a_run
 from lightning_tilt.cli_errors import one_line, users_mistake
+from lightning_tilt.cli_quiet import quieter
 from lightning_tilt.loggers import RunLogger
 from lightning_tilt.run_folder import keep_previous, need_writable, set_aside
 from lightning_tilt.steering import SMC
@@ -148,11 +150,26 @@ class TiltCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Done in `parse_arguments`: here, last, the checkpoint would beat explicit flags."""
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """An interrupt of what the sampler does not see - reports, tests - ends in a line of this command's own."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):
+                raise
+            path, how = last_checkpoint(self.trainer), f"{subcommand} begins anew"
+            if subcommand == "fit" and self.trainer.global_step > 0 and path is not None and path.exists():
+                how = f"{self.trainer.global_step} updates are made: the same command and --ckpt_path {path} goes on"
+            sys.stderr.write(f"\nlightning-tilt: stopped by SIGINT; {how}\n")
+            raise SystemExit(128 + signal.SIGINT) from None
+
     def before_instantiate_classes(self) -> None:
         """End here where no run is asked for, or none could leave anything: nothing has been loaded yet."""
         wanted = self._get(self.config, "dry_run")
         if wanted == "off":
             need_writable(self._get(self.config, "trainer").default_root_dir or ".")
+            if self.subcommand in ("validate", "test", "predict") and self._get(self.config, "ckpt_path") is None:
+                rank_zero_info("No --ckpt_path: the model is as its config makes it, untrained by any run")
             return
         if self.subcommand != "fit":
             raise ValueError(f"--dry_run {wanted} is for fit")
@@ -169,6 +186,9 @@ class TiltCLI(LightningCLI):
             kwargs.setdefault("logger", RunLogger(config.default_root_dir))
         steering = self._get(self.config_init, "steering") == "smc"
         smc: SMC = self._get(self.config_init, "smc")
+        unused = [] if steering else [f"--smc.{f.name}" for f in fields(smc) if getattr(smc, f.name) != f.default]
+        if unused and self.subcommand != "fit":
+            rank_zero_warn(f"{', '.join(unused)}: without --steering smc nothing is steered")
         if steering and self.subcommand == "fit":
             raise ValueError("--steering smc is for validate, test and predict: a fit trains on plain rollouts")
         if steering and smc.guided:
@@ -201,28 +221,6 @@ def _nulls_as_configs(args: list[str]) -> list[str]:
     return given
 
 
-def _quieter() -> None:
-    """Keep other people's advice out of the terminal: nothing a user of this command could act on."""
-    if os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error") == "error":
-        logging.getLogger("transformers").setLevel(logging.ERROR)  # it may have read its default level already
-    # Lightning 2.6 under torch 2.13, upstream
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    # said where a run is looked at, and where its earlier outputs are about to be moved aside
-    for told in (
-        "Be aware that when using `ckpt_path`",
-        "The dirpath has changed",
-        "Checkpoint directory .* not empty",
-    ):
-        warnings.filterwarnings("ignore", message=told)
-    # of a checkpoint that is written, where reading one never runs code
-    connector = logging.getLogger("lightning.pytorch.trainer.connectors.checkpoint_connector")
-    connector.addFilter(lambda record: "`weights_only` was not set" not in str(record.msg))
-    # advertisements of the Trainer's
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    logger.addFilter(lambda record: "Tip: For seamless" not in str(record.msg))
-
-
 def main(args: Sequence[str] | None = None) -> None:
     """The console script; own rewards and modules are found in the working directory.
 
@@ -230,7 +228,7 @@ def main(args: Sequence[str] | None = None) -> None:
     `LIGHTNING_TILT_DEBUG=1` shows its traceback.
     """
     sys.path.insert(0, str(Path.cwd()))
-    _quieter()
+    quieter()
     try:
         given = without_a_run(sys.argv[1:] if args is None else args)
         if given is not None:

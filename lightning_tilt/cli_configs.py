@@ -21,15 +21,19 @@ from itertools import takewhile
 from pathlib import Path
 from typing import NoReturn
 
+from lightning_tilt import __version__
 from lightning_tilt.assets import locate
 
 __all__ = ["DESCRIPTION", "copy_config", "list_configs", "summary", "with_packaged", "without_a_run"]
 
 DESCRIPTION = (
     "Tilt a diffusion or flow model with a reward. `lightning-tilt configs` lists the packaged configurations and "
-    "copies one; `lightning-tilt cite` prints what a run should cite."
+    "copies one; `lightning-tilt cite` prints what a run should cite; `lightning-tilt --version`."
 )
 """What `--help` of the command says first."""
+
+COMMANDS = ("fit", "validate", "test", "predict", "configs", "cite")
+"""All of them."""
 
 _HOME = Path(__file__).parent
 """What the names `configs/...` of packaged files are relative to."""
@@ -100,15 +104,31 @@ def with_packaged(args: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: if the package has none of that name either; names the nearest.
+        ValueError: if a file is no YAML, or is empty.
     """
     given = list[str]()
     for arg in args:
         name, equals, value = arg.partition("=")
         if name in ("--config", "-c") and equals:
-            given.append(f"{name}={_packaged(value)}")
+            given.append(f"{name}={_check_yaml(_packaged(value))}")
         else:
-            given.append(_packaged(arg) if given[-1:] in (["--config"], ["-c"]) else arg)
+            given.append(_check_yaml(_packaged(arg)) if given[-1:] in (["--config"], ["-c"]) else arg)
     return given
+
+
+def _check_yaml(value: str) -> str:
+    """The value of `--config`; a file that holds no settings is named, which a parser of texts does not do."""
+    import yaml
+
+    if not _written_out(value) and Path(value).is_file():
+        try:
+            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"--config {value} is no YAML: {error}") from None
+        if not isinstance(content, dict):
+            what = "it is empty" if content is None else f"it is a {type(content).__name__}"
+            raise ValueError(f"--config {value} holds no settings: {what}")
+    return value
 
 
 def without_a_run(args: Sequence[str]) -> list[str] | None:
@@ -128,6 +148,12 @@ def without_a_run(args: Sequence[str]) -> list[str] | None:
             _cite(rest)
         elif command == "cite":
             return ["fit", *with_packaged(rest), "--dry_run", "citation"]
+        elif command == "--version":
+            print(f"lightning-tilt {__version__}")
+        elif command[:1] not in ("", "-") and command not in COMMANDS:
+            near = get_close_matches(command, COMMANDS, n=2, cutoff=0.5)
+            mend = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(COMMANDS)}"
+            raise ValueError(f"there is no command {command!r}; {mend}")
         else:
             return with_packaged(args)
     except BrokenPipeError:
@@ -165,12 +191,18 @@ def _cite(args: list[str]) -> None:
 
 
 def _packaged(value: str) -> str:
-    if not value.startswith("configs/") or "\n" in value or Path(value).exists():
+    if _written_out(value) or Path(value).expanduser().exists():
         return value
-    where = locate(value)
-    if not where.is_file():
-        raise FileNotFoundError(f"there is no file {value!r}, nor does the package have one{_nearest(value)}")
+    full = value if value.startswith("configs/") else f"configs/{value}"
+    where = next((path for path in (locate(full), locate(f"{full}.yaml")) if path.is_file()), None)
+    if where is None:
+        raise FileNotFoundError(f"there is no file {value!r}, nor does the package have one{_nearest(full)}")
     return str(where)
+
+
+def _written_out(value: str) -> bool:
+    """Whether it is settings and no file."""
+    return "\n" in value or ": " in value or value in ("", "null")
 
 
 def _full_name(name: str) -> str:

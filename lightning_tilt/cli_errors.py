@@ -53,6 +53,8 @@ def one_line(message: str, options: Iterable[str]) -> str:
                 f"{given} is not an option: {given[:-1]} is no list; a named entry is added by {given[:-1]}.NAME VALUE"
             )
         return f"{given} is not an option{_nearest(given, options)}"
+    if "arguments are required" in message:
+        return f"{' '.join(message.split())}; give --config FILE: `lightning-tilt configs` lists the packaged ones"
     if lacking := _LACKING.search(message):
         return f"{lacking[1]} expects a value (an option that ends in .help expects a class: --model.reward.help HPSv2)"
     keys = [m[1] for line in message.splitlines() if (m := _KEY.match(line))]
@@ -133,4 +135,7 @@ def _parameters(class_path: str) -> list[str]:
 
 
 def _class_names() -> list[str]:
-    return [n for room in _ROOMS for n in importlib.import_module(f"lightning_tilt.{room}").__all__ if n[0].isupper()]
+    from lightning.pytorch import callbacks
+
+    ours = [n for room in _ROOMS for n in importlib.import_module(f"lightning_tilt.{room}").__all__]
+    return [n for n in (*ours, *callbacks.__all__) if n[0].isupper()]

@@ -12,6 +12,7 @@ import yaml
 from command import CONFIGS, YAMLS, tilt
 from repository import ROOT, files
 
+from lightning_tilt import __version__
 from lightning_tilt.assets import locate
 from lightning_tilt.cli_configs import copy_config, list_configs, summary
 from lightning_tilt.data import read_prompts
@@ -148,3 +149,25 @@ def test_a_reader_that_has_read_enough_is_no_error(command: list[str]) -> None:
     os.close(writing)
     assert run.returncode == 128 + signal.SIGPIPE
     assert "pipe" not in run.stderr.lower()
+
+
+def test_version_and_commands_that_are_not_there(tmp_path: Path) -> None:
+    assert tilt("--version").out == f"lightning-tilt {__version__}\n"
+    for typed, said in (("confgs", "did you mean configs?"), ("fot", "did you mean fit?"), ("xyzzy", "there are fit,")):
+        run = tilt(typed, cwd=tmp_path)
+        assert run.status == 2 and f"there is no command {typed!r}; {said}" in run.err
+    run = tilt("fit", cwd=tmp_path)
+    assert run.status == 2 and "fit.data, fit.model; give --config FILE: `lightning-tilt configs` lists" in run.err
+
+
+def test_a_file_without_settings_is_named(tmp_path: Path) -> None:
+    for content, said in (("# nothing\n", "it is empty"), ("[1, 2]", "it is a list"), ("a: [", "is no YAML")):
+        (tmp_path / "mine.yaml").write_text(content)
+        run = tilt("fit", "--config", "mine.yaml", cwd=tmp_path)
+        assert run.status == 2 and "--config mine.yaml " in run.err and said in run.err
+
+
+@pytest.mark.parametrize("name", ["toy/grpo", "toy/grpo.yaml", "configs/toy/grpo", "configs/toy/grpo.yaml"])
+def test_a_run_takes_the_names_that_the_copies_go_by(name: str, tmp_path: Path) -> None:
+    run = tilt("fit", "--config", name, "--dry_run", "citation", cwd=tmp_path)
+    assert run.status == 0 and "2505.07818" not in run.err and "@misc{lightning_tilt" in run.out

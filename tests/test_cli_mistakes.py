@@ -36,7 +36,10 @@ MISSPELT = [
         "--evaluation.rewards is no list; a named entry is added by --evaluation.rewards.N",
     ),
     (["--model.reward.help"], "an option that ends in .help expects a class: --model.reward.help HPSv2"),
-    (["--config", "nowhere.yaml"], "--config: File does not exist: "),
+    (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml', nor does the package have one"),
+    (["--config", "toy/adjoint_matchin"], "did you mean configs/toy/adjoint_matching.yaml"),
+    (["--trainer.callbacks+=ModelCheckpont"], "no class is called 'ModelCheckpont'; did you mean ModelCheckpoint"),
+    (["--model.predictor.path", "nowhere"], "NeuralTilt does not take 'path'"),
 ]
 IN_YAML = [
     ("sampler: {stepz: 3}", "--sampler.stepz is not an option; did you mean --sampler.steps"),
@@ -50,7 +53,7 @@ IN_YAML = [
     ("trainer: {callbacks: [{class_path: TiltReport, init_args: {base_sample: 3}}]}",
      "--trainer.callbacks: TiltReport does not take 'base_sample'; did you mean base_samples"),
     ("trainer: {callbacks: [{class_path: TiltReprt}]}", "no class is called 'TiltReprt'; did you mean TiltReport?"),
-    ("model: {init_args: [", "Problems parsing config"),
+    ("model: {init_args: [", "wrong.yaml is no YAML: while parsing"),
 ]  # fmt: skip
 
 

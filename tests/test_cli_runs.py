@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 import yaml
 from command import PICTURES, TOY, overlay, tilt
 
+from lightning_tilt.callbacks import TiltReport
 from lightning_tilt.loggers import read_metrics
 from lightning_tilt.rewards import QuadraticReward
 from lightning_tilt.tasks import AdjointMatchingTask
@@ -158,3 +161,34 @@ def test_a_resumed_run_obeys_flags_and_moves_aside_as_one(run: Path) -> None:
     moved = {path.name for path in (run / "previous/001").iterdir()}
     assert {"report.json", "report.1.json", "config.1.yaml", "curves.1.png", "checkpoints"} <= moved
     assert not list(run.glob("*.1.*"))
+
+
+@pytest.fixture
+def sigint() -> Iterator[None]:
+    """Lightning leaves interrupts ignored."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("sigint")
+@pytest.mark.parametrize("stage", ["_sample_base", "_write"])
+def test_an_interrupt_of_a_report_says_how_to_go_on(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TiltReport, stage, interrupted)
+    result = tilt("fit", *overlay(TOY, tmp_path))
+    assert result.status == 128 + signal.SIGINT
+    last = f"2 updates are made: the same command and --ckpt_path {tmp_path}/checkpoints/last.ckpt goes on"
+    how = "fit begins anew" if stage == "_sample_base" else last
+    assert result.err.endswith(f"\nlightning-tilt: stopped by SIGINT; {how}\n")
+
+
+def test_what_samples_the_base_or_steers_nothing_says_so(tmp_path: Path) -> None:
+    folder = ("--trainer.default_root_dir", tmp_path, "--trainer.limit_predict_batches", 1)
+    with pytest.warns(UserWarning, match=r"--smc\.particles: without --steering smc nothing is steered"):
+        result = tilt("predict", "--config", TOY, *DRAWS, *folder, "--smc.particles", 8)
+    assert result.status == 0, result.err

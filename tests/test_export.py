@@ -148,6 +148,17 @@ def test_a_test_exports_the_checkpoint_that_it_judged(tmp_path: Path, load: Any)
     assert next((tmp_path / "card").glob("*.safetensors")).is_file()
 
 
+def test_the_card_of_an_embedded_base_runs_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    predictor = StableDiffusion("lightning_tilt/assets/digits-sd15", rank=2)
+    export(predictor, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = (tmp_path / "lora/README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert "from lightning_tilt.assets import folder" in code and "from_pretrained(folder('digits-sd15')" in code
+    scope: dict[str, Any] = {"FOLDER": str(tmp_path / "lora")}
+    exec(code, scope)
+    assert scope["image"].size == (32, 32)
+
+
 def test_a_hub_name_is_the_base_of_the_card(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     predictor = load("sd15")
     predictor.pipeline.register_to_config(_name_or_path="owner/model")

@@ -4,8 +4,8 @@
     python docs/_ext/pictures.py cmcd_kl variances   some
 
 A loss's picture is its configuration under `configs/toy/` at its own seed, with this panel in place of its report:
-samples of the tuned model, by the chain that the report judges, on contours of the exact tilt.  `variances` draws how far four targets lie from
-their mean over t, from closed forms.
+samples of the tuned model, by the chain that the report judges, on contours of the exact tilt.  `variances` draws how
+far four targets lie from their mean over t, from closed forms.
 """
 
 import argparse

@@ -6,6 +6,7 @@ Each prompt has a Z of its own: weights are normalised, advantages centred and E
 gathers the few numbers a sample that this needs, works out the groups of all, and keeps its own part, `mine`.
 """
 
+from collections.abc import Sized
 from hashlib import sha256
 from typing import Any, cast
 
@@ -70,6 +71,12 @@ def sample_rows(host: Any, trajectory: Trajectory) -> Tensor:
     return torch.arange(n) * world + int(host.trainer.global_rank)
 
 
+def _uneven(loader: Any) -> bool:
+    """Whether the last batch of a loader is smaller than the others."""
+    size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+    return isinstance(size, int) and isinstance(data, Sized) and len(data) % size > 0 and not loader.drop_last
+
+
 def update_size(host: Any, trajectory: Trajectory) -> str:
     """How many samples one update trains on, and what they are made of; all processes must ask."""
     trainer = host.trainer
@@ -79,6 +86,8 @@ def update_size(host: Any, trajectory: Trajectory) -> str:
     parts = [f"{conditions} {kind}" + (f" x {samples // conditions} samples" if samples % conditions == 0 else "")]
     if host.sampler.replay_samples is not None:  # its conditions are those of the whole buffer
         parts = [f"{samples} replayed end points"]
+    elif _uneven(trainer.train_dataloader):
+        parts.append("(fewer where an epoch ends)")
     if trainer.world_size > 1:
         parts.append(f"over {trainer.world_size} processes")
     if trainer.accumulate_grad_batches > 1:

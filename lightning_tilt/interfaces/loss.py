@@ -20,6 +20,7 @@ from lightning_tilt.interfaces.checkpointed import Checkpointed
 from lightning_tilt.interfaces.cited import Cited
 from lightning_tilt.interfaces.figures import rollout_figures
 from lightning_tilt.interfaces.groups import update_size
+from lightning_tilt.interfaces.host_checks import check_host, check_loader, check_training_step
 from lightning_tilt.interfaces.not_finite import UpdateGuard
 from lightning_tilt.interfaces.predictor import KnownLaw, Predictor
 from lightning_tilt.interfaces.reward import Reward
@@ -106,21 +107,18 @@ class Loss(Checkpointed, Cited, ABC):
 
     def setup(self, stage: str) -> None:
         """Check, before anything is computed, that host, reward and sampler fit this loss."""
-        for name, kind in (("predictor", Predictor), ("process", Process), ("reward", Reward)):
-            try:
-                offered = getattr(self, name)
-            except AttributeError:
-                offered = None
-            if not isinstance(offered, kind):
-                raise TypeError(
-                    f"{type(self).__name__} needs self.{name}, a lightning_tilt {kind.__name__}; "
-                    f"it found {type(offered).__name__}. Set it in __init__, or build on lightning_tilt.TiltModule."
-                )
+        check_host(self)
         super().setup(stage)
         self.reward.bind(self.predictor)
         if stage == "fit":
+            check_training_step(cast(LightningModule, self), Loss)
             self._guard = UpdateGuard()  # a fit that was interrupted may have left a window open
             self._check_fit(self.sampler)
+
+    def on_train_start(self) -> None:
+        """Refuse what is no loader, which the Trainer has only now."""
+        super().on_train_start()  # type: ignore[misc]
+        check_loader(self.trainer.train_dataloader)
 
     def _check_fit(self, sampler: Sampler) -> None:
         if self.needs_reward_gradient and not self.reward.is_differentiable:

@@ -6,10 +6,12 @@ Adapters are merged into a copy of the denoiser, in float32, and rounded once to
 """
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from lightning_tilt.assets import FOLDERS, folder, locate
 from lightning_tilt.models.parts import dtype_option
 
 __all__ = ["how_to_load", "tuned_pipeline"]
@@ -53,7 +55,10 @@ def how_to_load(
         tiny_vae: the small decoder whose images were rewarded, in place of the pipeline's own; empty: none.
     """
     kind, network = type(pipeline).__name__, type(pipeline.components[denoiser]).__name__
-    base = str(pipeline.name_or_path)
+    base, embedded = repr(str(pipeline.name_or_path)), []
+    name = Path(str(pipeline.name_or_path)).name
+    if name in FOLDERS and locate(pipeline.name_or_path).resolve() == folder(name):  # it comes with this package alone
+        base, embedded = f"folder({name!r})", ["from lightning_tilt.assets import folder"]
     dtype = f"{dtype_option()}={pipeline.components[denoiser].dtype}"
     if whole:
         lines = [
@@ -62,15 +67,15 @@ def how_to_load(
         ]  # fmt: skip
     elif adapted:
         lines = [
-            f"from diffusers import {kind}", "", f"pipeline = {kind}.from_pretrained({base!r}, {dtype})",
+            f"from diffusers import {kind}", *embedded, "", f"pipeline = {kind}.from_pretrained({base}, {dtype})",
             # diffusers before 0.40 looks into no folder where HF_HUB_OFFLINE is set
             'pipeline.load_lora_weights(FOLDER, weight_name="pytorch_lora_weights.safetensors")',
         ]  # fmt: skip
     else:
         lines = [
-            f"from diffusers import {kind}, {network}", "",
+            f"from diffusers import {kind}, {network}", *embedded, "",
             f"tuned = {network}.from_pretrained(FOLDER, subfolder={denoiser!r}, {dtype})",
-            f"pipeline = {kind}.from_pretrained({base!r}, {denoiser}=tuned, {dtype})",
+            f"pipeline = {kind}.from_pretrained({base}, {denoiser}=tuned, {dtype})",
         ]  # fmt: skip
     if tiny_vae:
         lines[0] += "\nfrom diffusers import AutoencoderTiny"

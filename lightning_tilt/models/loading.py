@@ -129,10 +129,10 @@ def _locate(path: str | Path) -> str:
 def _read_index(path: str | Path, revision: str | None) -> dict[str, Any]:
     """The content of `model_index.json`."""
     where = Path(_locate(path))
-    local = str(path).startswith(("/", ".", "~")) or len(where.parts) > 2
+    local = str(path).startswith(("/", ".", "~")) or len(where.parts) != 2
     if where.is_file() or (local and not where.is_dir()):
         raise FileNotFoundError(
-            f"there is no folder {str(path)!r}; give a folder with a model_index.json, or a Hub name"
+            f"there is no folder {str(path)!r}; give a folder with a model_index.json, or a Hub name (owner/name)"
         )
     file = where / "model_index.json" if where.is_dir() else _fetch_index(str(path), revision)
     if not file.is_file():
