@@ -27,7 +27,7 @@ def main() -> None:
         if command not in (["configs"], ["cite"]):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail at exit again
-        raise SystemExit(128 + signal.SIGPIPE) from None  # as of one that this signal ends
+        raise SystemExit(141) from None  # 128 + SIGPIPE, which not every system knows
 
 
 if __name__ == "__main__":

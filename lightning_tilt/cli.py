@@ -160,7 +160,8 @@ class TiltCLI(LightningCLI):
             path, how = last_checkpoint(self.trainer), f"{subcommand} begins anew"
             if subcommand == "fit" and self.trainer.global_step > 0 and path is not None and path.exists():
                 how = f"{self.trainer.global_step} updates are made: the same command and --ckpt_path {path} goes on"
-            sys.stderr.write(f"\nlightning-tilt: stopped by SIGINT; {how}\n")
+            if self.trainer.is_global_zero:
+                sys.stderr.write(f"\nlightning-tilt: stopped by SIGINT; {how}\n")
             raise SystemExit(128 + signal.SIGINT) from None
 
     def before_instantiate_classes(self) -> None:
