@@ -59,6 +59,7 @@ def test_every_section_has_its_script_its_figures_and_its_command() -> None:
         assert f"`make bench ONLY={name}`" in text and "torch" in text and "seed" in text
     for name in bench.NAMED:
         assert (BENCHMARKS / f"{name}.py").is_file() and f"`make bench ONLY={name}`" in RESULTS
+    assert set(re.findall(r"<!-- (\w+): begin -->", RESULTS)) <= {*bench.SECTIONS, *bench.NAMED}
     for picture in re.findall(r"!\[.*?\]\((.+?)\)", RESULTS):
         assert (BENCHMARKS / picture).is_file()
 
