@@ -25,7 +25,7 @@ import yaml
 from digits_losses import looks_at
 from results import markdown, parser, publish, span
 
-__all__ = ["main", "run"]
+__all__ = ["main"]
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = (

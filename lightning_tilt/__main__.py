@@ -9,9 +9,9 @@ __all__ = ["main"]
 
 def main() -> None:
     """The console script; what needs no library does not wait for them to load."""
-    command = sys.argv[1:2]
+    command = "".join(sys.argv[1:2])
     try:
-        if command in (["configs"], ["--version"]):
+        if command in ("configs", "--version"):
             from lightning_tilt.cli_configs import without_a_run
 
             without_a_run(sys.argv[1:])
@@ -24,7 +24,7 @@ def main() -> None:
         sys.stderr.write("\nlightning-tilt: stopped by SIGINT\n")
         raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:  # `| head` has read what it wants; a run that loses its output does say so
-        if command not in (["configs"], ["cite"]):
+        if command not in ("configs", "--version", "cite"):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered would fail at exit again
         raise SystemExit(141) from None  # 128 + SIGPIPE, which not every system knows

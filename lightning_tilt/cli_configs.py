@@ -110,25 +110,10 @@ def with_packaged(args: Sequence[str]) -> list[str]:
     for arg in args:
         name, equals, value = arg.partition("=")
         if name in ("--config", "-c") and equals:
-            given.append(f"{name}={_check_yaml(_packaged(value))}")
+            given.append(f"{name}={_settings(value)}")
         else:
-            given.append(_check_yaml(_packaged(arg)) if given[-1:] in (["--config"], ["-c"]) else arg)
+            given.append(_settings(arg) if given[-1:] in (["--config"], ["-c"]) else arg)
     return given
-
-
-def _check_yaml(value: str) -> str:
-    """The value of `--config`; a file that holds no settings is named, which a parser of texts does not do."""
-    import yaml
-
-    if not _written_out(value) and Path(value).is_file():
-        try:
-            content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"--config {value} is no YAML: {error}") from None
-        if not isinstance(content, dict):
-            what = "it is empty" if content is None else f"it is a {type(content).__name__}"
-            raise ValueError(f"--config {value} holds no settings: {what}")
-    return value
 
 
 def without_a_run(args: Sequence[str]) -> list[str] | None:
@@ -190,32 +175,49 @@ def _cite(args: list[str]) -> None:
     print(citation(parser.parse_args(args).run))
 
 
-def _packaged(value: str) -> str:
-    if _written_out(value) or Path(value).expanduser().exists():
+def _settings(value: str) -> str:
+    """The value of `--config`: settings that are written out, or a file of the working directory or the package."""
+    if "\n" in value or ": " in value or value in ("", "null"):
         return value
-    full = value if value.startswith("configs/") else f"configs/{value}"
-    where = next((path for path in (locate(full), locate(f"{full}.yaml")) if path.is_file()), None)
+    if Path(value).expanduser().exists():
+        _check_yaml(Path(value).expanduser())
+        return value
+    where = next((path for path in map(locate, _spelt_out(value)) if path.is_file()), None)
     if where is None:
-        raise FileNotFoundError(f"there is no file {value!r}, nor does the package have one{_nearest(full)}")
+        raise FileNotFoundError(f"there is no file {value!r}, nor does the package have one{_nearest(value)}")
+    _check_yaml(where)
     return str(where)
 
 
-def _written_out(value: str) -> bool:
-    """Whether it is settings and no file."""
-    return "\n" in value or ": " in value or value in ("", "null")
+def _check_yaml(file: Path) -> None:
+    """Refuse a file that holds no settings, and name it, which a parser of texts does not do."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {file} is no YAML: {error}") from None
+    if not isinstance(content, dict):
+        what = "it is empty" if content is None else f"it is a {type(content).__name__}"
+        raise ValueError(f"--config {file} holds no settings: {what}")
 
 
 def _full_name(name: str) -> str:
     known = list_configs()
-    full = name if name.startswith("configs/") else f"configs/{name}"
-    found = next((n for n in (full, f"{full}.yaml") if n in known), None)
+    found = next((n for n in _spelt_out(name) if n in known), None)
     if found is None:
-        raise ValueError(f"no packaged configuration is called {name!r}{_nearest(full)}")
+        raise ValueError(f"no packaged configuration is called {name!r}{_nearest(name)}")
     return found
 
 
+def _spelt_out(name: str) -> tuple[str, str]:
+    """What a name may stand for: `configs/` and `.yaml` may be left out."""
+    full = name if name.startswith("configs/") else f"configs/{name}"
+    return full, f"{full}.yaml"
+
+
 def _nearest(name: str) -> str:
-    near = get_close_matches(name, list_configs(), n=3, cutoff=0.6)
+    near = get_close_matches(_spelt_out(name)[0], list_configs(), n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(near)}?" if near else "; `lightning-tilt configs` lists them"
 
 

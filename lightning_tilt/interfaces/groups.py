@@ -73,8 +73,8 @@ def sample_rows(host: Any, trajectory: Trajectory) -> Tensor:
 
 def _uneven(loader: Any) -> bool:
     """Whether the last batch of a loader is smaller than the others."""
-    size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
-    return isinstance(size, int) and isinstance(data, Sized) and len(data) % size > 0 and not loader.drop_last
+    size, mine = getattr(loader, "batch_size", None), getattr(loader, "sampler", None)  # this process's share
+    return isinstance(size, int) and isinstance(mine, Sized) and len(mine) % size > 0 and not loader.drop_last
 
 
 def update_size(host: Any, trajectory: Trajectory) -> str:

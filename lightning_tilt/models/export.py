@@ -6,7 +6,6 @@ Adapters are merged into a copy of the denoiser, in float32, and rounded once to
 """
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,10 +54,10 @@ def how_to_load(
         tiny_vae: the small decoder whose images were rewarded, in place of the pipeline's own; empty: none.
     """
     kind, network = type(pipeline).__name__, type(pipeline.components[denoiser]).__name__
-    base, embedded = repr(str(pipeline.name_or_path)), []
-    name = Path(str(pipeline.name_or_path)).name
-    if name in FOLDERS and locate(pipeline.name_or_path).resolve() == folder(name):  # it comes with this package alone
-        base, embedded = f"folder({name!r})", ["from lightning_tilt.assets import folder"]
+    base, embedded, origin = repr(str(pipeline.name_or_path)), list[str](), locate(pipeline.name_or_path).resolve()
+    for name in FOLDERS:
+        if origin == folder(name).resolve():  # it comes with this package alone
+            base, embedded = f"folder({name!r})", ["from lightning_tilt.assets import folder"]
     dtype = f"{dtype_option()}={pipeline.components[denoiser].dtype}"
     if whole:
         lines = [
