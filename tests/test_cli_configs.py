@@ -13,6 +13,7 @@ from command import CONFIGS, YAMLS, tilt
 from repository import ROOT, files
 
 from lightning_tilt import __version__
+from lightning_tilt.__main__ import main
 from lightning_tilt.assets import locate
 from lightning_tilt.cli_configs import copy_config, list_configs, summary
 from lightning_tilt.data import read_prompts
@@ -140,7 +141,7 @@ def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
     assert tilt("configs", "digits/sd15_full", cwd=tmp_path).status == 0  # equal files are no conflict
 
 
-@pytest.mark.parametrize("command", [["configs"], ["cite", "--config", DEMO]])
+@pytest.mark.parametrize("command", [["configs"], ["--version"], ["cite", "--config", DEMO]])
 def test_a_reader_that_has_read_enough_is_no_error(command: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -170,4 +171,27 @@ def test_a_file_without_settings_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["toy/grpo", "toy/grpo.yaml", "configs/toy/grpo", "configs/toy/grpo.yaml"])
 def test_a_run_takes_the_names_that_the_copies_go_by(name: str, tmp_path: Path) -> None:
     run = tilt("fit", "--config", name, "--dry_run", "citation", cwd=tmp_path)
-    assert run.status == 0 and "2505.07818" not in run.err and "@misc{lightning_tilt" in run.out
+    assert (
+        run.status == 0 and "@misc{lightning_tilt" in run.out and "2505.07818" in run.out
+    )  # the package, and the loss
+
+
+def test_a_short_name_is_the_copy_as_soon_as_there_is_one(tmp_path: Path) -> None:
+    assert tilt("configs", "toy/grpo", cwd=tmp_path).status == 0
+    (tmp_path / "configs/toy/grpo.yaml").write_text("")
+    run = tilt("fit", "--config", "toy/grpo", cwd=tmp_path)
+    assert run.status == 2 and "--config configs/toy/grpo.yaml holds no settings: it is empty" in run.err
+
+
+def test_an_interrupt_while_libraries_load_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_tilt.cli.main", interrupted)
+    monkeypatch.setattr(sys, "argv", ["lightning-tilt", "fit"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 128 + signal.SIGINT
+    assert capsys.readouterr().err == "\nlightning-tilt: stopped by SIGINT\n"

@@ -187,8 +187,10 @@ def test_an_interrupt_of_a_report_says_how_to_go_on(
     assert result.err.endswith(f"\nlightning-tilt: stopped by SIGINT; {how}\n")
 
 
-def test_what_samples_the_base_or_steers_nothing_says_so(tmp_path: Path) -> None:
+def test_what_samples_the_base_or_steers_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
     folder = ("--trainer.default_root_dir", tmp_path, "--trainer.limit_predict_batches", 1)
     with pytest.warns(UserWarning, match=r"--smc\.particles: without --steering smc nothing is steered"):
         result = tilt("predict", "--config", TOY, *DRAWS, *folder, "--smc.particles", 8)
     assert result.status == 0, result.err
+    assert "No --ckpt_path: the model is as its config makes it, untrained by any run" in caplog.messages

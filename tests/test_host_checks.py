@@ -1,18 +1,19 @@
 """What a loss says of the module, the reward and the loader that it is given, before anything is lost in silence."""
 
 import logging
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from toys import PromptedNet, SumReward, fit, trainer
 
 from lightning_tilt import AdjointMatching, TrajectorySampler
 from lightning_tilt.data import PromptDataModule
 from lightning_tilt.interfaces import Reward
+from lightning_tilt.interfaces.groups import _uneven
 from lightning_tilt.process import RectifiedFlow
 from lightning_tilt.tasks import AdjointMatchingTask
 
@@ -114,6 +115,15 @@ def test_a_loader_of_a_flat_list_brings_lists_of_prompts() -> None:
     loader = DataLoader(["seven", "one", "two", "three"], batch_size=2)
     trainer([Seen(steps=3, samples_per_condition=2)], max_steps=2, log_every_n_steps=1).fit(Tilted(), loader)
     assert recorded == [["seven", "one"], ["two", "three"]]
+
+
+def test_a_last_batch_is_that_of_this_process() -> None:
+    """Six prompts in twos come out even; three on each of two processes do not."""
+    six = ["one", "two", "three", "four", "five", "six"]
+    shared = DistributedSampler(cast(Any, six), num_replicas=2, rank=0)
+    assert not _uneven(DataLoader(cast(Any, six), batch_size=2))
+    assert _uneven(DataLoader(cast(Any, six), batch_size=2, sampler=shared))
+    assert not _uneven(DataLoader(cast(Any, six), batch_size=2, sampler=shared, drop_last=True))
 
 
 @pytest.mark.parametrize(("size", "uneven"), [(2, True), (3, False)])

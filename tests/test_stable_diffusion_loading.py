@@ -22,6 +22,7 @@ def edited(folder: Path, target: Path, **changes: Any) -> Path:
 def test_wrong_paths_are_told_in_one_line(tmp_path: Path, sd15_folder: Path, sd3_folder: Path) -> None:
     for path, culprit in [
         (tmp_path / "nowhere", "there is no folder"),
+        ("nowhere", r"there is no folder 'nowhere'; .* or a Hub name \(owner/name\)"),
         (tmp_path, "has no model_index.json"),
         ("nobody/nothing", "'nobody/nothing' is neither a folder nor reachable on the Hub"),
     ]:
