@@ -115,9 +115,10 @@ def fit(name: str, folder: Path) -> None:
     """One run, in a process of its own."""
     config = yaml.safe_load((ROOT / f"configs/toy/{name}.yaml").read_text())
     trainer = config["trainer"]
-    callbacks = {c["class_path"]: c.get("init_args", {}) for c in trainer["callbacks"]}
-    judged = {key: value for key, value in callbacks["TiltReport"].items() if key in ("steps", "transition")}
-    trainer["callbacks"] = [{"class_path": "pictures.Panel", "init_args": judged}]
+    (report,) = (c["init_args"] for c in trainer["callbacks"] if c["class_path"] == "TiltReport")
+    judged = {key: value for key, value in report.items() if key in ("steps", "transition")}
+    trainer["callbacks"] = [c for c in trainer["callbacks"] if c["class_path"] not in ("TiltReport", "ModelCheckpoint")]
+    trainer["callbacks"].append({"class_path": "pictures.Panel", "init_args": judged})
     trainer["default_root_dir"] = str(folder)
     (folder / "config_of_picture.yaml").write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "lightning_tilt", "fit", "--config", str(folder / "config_of_picture.yaml")]
